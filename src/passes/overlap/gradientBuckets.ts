@@ -1,6 +1,9 @@
 /**
  * Reduction of gradients in buckets, beside backward. A bucket is reduced as soon as backward of the last microbatch has completed its
  * gradients; the step block waits for it where it reads the sums. Each gradient is summed in the order of sums as without buckets.
+ *
+ * Gradients that are sent in another type or order are copied into workspace just before their bucket begins. Workspace ends with its
+ * block, so such buckets end within it: each waits for the one before the last, and the last of a block runs in order.
  */
 import { readsOf, touchedBy, writesOf } from "../../../schemas/effects.ts";
 import type { Buffer, Chunk, Collective, Compute, Instruction, Program } from "../../../schemas/plan.ts";
@@ -11,6 +14,8 @@ import { type Bucket, BucketFiller, type Chain, collectivesOf, withWaits } from 
 /** The reduction of a gradient in the step block. */
 interface Reduction extends Chain {
   readonly gradient: string;
+  /** The copies of the gradient into the type and the order in which it is sent, in workspace. */
+  readonly copies: readonly Compute[];
   /** The instructions of the step block that the bucket replaces. */
   readonly replaced: readonly Instruction[];
   /** Temporary buffers that the bucket does not need. */
@@ -26,6 +31,12 @@ interface Ready {
 interface ReadyReduction extends Reduction {
   readonly ready: Ready;
 }
+/** A bucket as instructions. */
+interface Begun {
+  readonly ready: Ready;
+  readonly copies: readonly Compute[];
+  readonly collectives: readonly Collective[];
+}
 
 /** Returns a program whose gradients are reduced in buckets of at least so many bytes. */
 export function bucketGradients(program: Program, bytes: number): Program {
@@ -36,15 +47,15 @@ export function bucketGradients(program: Program, bytes: number): Program {
     return ready ? [{ ...r, ready }] : [];
   });
   if (reductions.length === 0) return program;
-  const inOrder = reductions.toSorted((a, b) => a.ready.run - b.ready.run || a.ready.at - b.ready.at);
-  const filler = new BucketFiller<ReadyReduction>(buffers, bytes);
-  const closed = inOrder.flatMap((r) => filler.add(r) ?? []);
-  const buckets = [...closed, ...filler.rest()].map((bucket) => ({ ready: lastOf(bucket).ready, collectives: collectivesIn(bucket) }));
-
-  const inserted = new Map<Instruction, Collective[]>();
-  for (const { ready, collectives } of buckets) {
+  const buckets = withinBlocks(
+    [reductions.filter(({ copies }) => copies.length === 0), reductions.filter(({ copies }) => copies.length > 0)]
+      .flatMap((some) => fill(some, buffers, bytes))
+      .sort((a, b) => a.ready.run - b.ready.run || a.ready.at - b.ready.at),
+  );
+  const inserted = new Map<Instruction, Instruction[]>();
+  for (const { ready, copies, collectives } of buckets) {
     const after = ready.block[ready.at];
-    if (after) inserted.set(after, [...(inserted.get(after) ?? []), ...collectives]);
+    if (after) inserted.set(after, [...(inserted.get(after) ?? []), ...copies, ...collectives]);
   }
   const insert = (block: readonly Instruction[]): Instruction[] => block.flatMap((i) => [i, ...(inserted.get(i) ?? [])]);
   // counts of tokens, which take the place of a gradient, are complete in forward
@@ -54,21 +65,48 @@ export function bucketGradients(program: Program, bytes: number): Program {
   const replaced = new Set(reductions.flatMap((r) => r.replaced));
   const placed = separate(program.buffers, reductions);
   // in the order in which they begin: a wait for a collective is a wait for those before it
-  const begun = buckets.toSorted((a, b) => a.ready.run - b.ready.run || a.ready.at - b.ready.at).flatMap(({ collectives }) => collectives);
+  const open = buckets.flatMap(({ copies, collectives }) => (copies.length > 0 ? [] : collectives));
   const step = withWaits(
     program.step.filter((i) => !replaced.has(i)),
-    begun,
+    open,
     new BufferTable(placed),
   );
   return { ...program, chunks, step, buffers: placed };
 }
 
+/** Returns the buckets of reductions. */
+function fill(reductions: readonly ReadyReduction[], buffers: BufferTable, bytes: number): Begun[] {
+  const inOrder = reductions.toSorted((a, b) => a.ready.run - b.ready.run || a.ready.at - b.ready.at);
+  const filler = new BucketFiller<ReadyReduction>(buffers, bytes);
+  const closed = inOrder.flatMap((r) => filler.add(r) ?? []);
+  return [...closed, ...filler.rest()].map(
+    (bucket): Begun => ({
+      ready: lastOf(bucket).ready,
+      copies: bucket.chains.flatMap(({ copies }) => copies.map((i): Compute => ({ ...i, only: "last" }))),
+      collectives: collectivesOf(bucket, {
+        ...{ id: lastOf(bucket).gradient, stream: "gradients", path: "parallel.gradient_bucket", only: "last" },
+        because: "each rank saw other tokens",
+      }),
+    }),
+  );
+}
 const lastOf = ({ chains }: Bucket<ReadyReduction>): ReadyReduction => chains.at(-1) ?? chains[0];
-const collectivesIn = (bucket: Bucket<ReadyReduction>): Collective[] =>
-  collectivesOf(bucket, {
-    ...{ id: lastOf(bucket).gradient, stream: "gradients", path: "parallel.gradient_bucket", only: "last" },
-    because: "each rank saw other tokens",
+
+/** Returns buckets, in the order of their begin, of which those with copies wait for one another and end within their block. */
+function withinBlocks(buckets: readonly Begun[]): Begun[] {
+  const copying = buckets.filter(({ copies }) => copies.length > 0);
+  return buckets.map((bucket) => {
+    const at = copying.indexOf(bucket);
+    if (at < 0) return bucket;
+    const isBeside = (other: Begun | undefined): other is Begun => other?.ready.block === bucket.ready.block;
+    const [before, last, next] = [copying[at - 2], copying[at - 1], copying[at + 1]].map((b) => (isBeside(b) ? b : undefined));
+    const isLast = next === undefined;
+    const awaited = (isLast ? last : before)?.collectives.at(-1);
+    const waiting = <I extends Instruction>(i: I, n: number): I => (n === 0 && awaited ? { ...i, waits: [awaited.id] } : i);
+    if (!isLast) return { ...bucket, copies: bucket.copies.map(waiting) };
+    return { ...bucket, collectives: bucket.collectives.map(({ stream: _, ...i }, n) => waiting(i, n)) };
   });
+}
 
 /** Returns where backward of the last microbatch touches each gradient for the last time. */
 function completionOf(program: Program, buffers: BufferTable): Map<string, Ready> {
@@ -83,10 +121,7 @@ function completionOf(program: Program, buffers: BufferTable): Map<string, Ready
   return ready;
 }
 
-/**
- * Returns the reductions of gradients that can run beside backward: collectives on the gradient itself, one after another. A gradient that
- * the step block first brings into another order stays there: the copy would need memory of its own until the end of backward.
- */
+/** Returns the reductions of gradients: copies of the gradient into workspace, if there are any, then collectives one after another. */
 function reductionsOf({ step, parameters }: Program, buffers: BufferTable): Reduction[] {
   const maker = new Map<string, Instruction>();
   const readers = new Map<string, number>();
@@ -96,12 +131,13 @@ function reductionsOf({ step, parameters }: Program, buffers: BufferTable): Redu
   }
   return [...new Set(parameters.map(({ gradient }) => gradient))].flatMap((reduced): Reduction[] => {
     const links: Collective[] = [];
+    const copies: Compute[] = [];
     const replaced: Instruction[] = [];
     const temporary: string[] = [];
     let current = reduced;
     for (let by = maker.get(current); by; by = maker.get(current)) {
       let to = current;
-      if (isCopy(by)) {
+      if (isCopy(by) && buffers.get(current).kind === "gradient") {
         const { x = "" } = by.reads;
         const source = maker.get(x);
         if (source?.kind !== "collective" || source.world || readers.get(x) !== 1) return [];
@@ -114,25 +150,37 @@ function reductionsOf({ step, parameters }: Program, buffers: BufferTable): Redu
       replaced.push(by);
       links.unshift({ ...by, to });
       current = by.from;
-      if (buffers.get(current).kind !== "gradient") return [];
+      for (let copy = maker.get(current); buffers.get(current).kind === "workspace"; copy = maker.get(current)) {
+        if (!copy || !isCopy(copy) || readers.get(current) !== 1) return [];
+        replaced.push(copy);
+        copies.unshift(copy);
+        current = copy.reads.x ?? "";
+      }
+      if (copies.length > 0) break;
     }
-    return links.length > 0 ? [{ gradient: current, links, replaced, temporary, bytes: buffers.bytesOf(current) }] : [];
+    const isWhole = links.length > 0 && buffers.get(current).kind === "gradient" && buffers.get(current).within === undefined;
+    return isWhole ? [{ gradient: current, links, copies, replaced, temporary, bytes: sentBytes(links, buffers) }] : [];
   });
 }
-/** Returns whether an instruction copies the result of a reduction into the bytes of the gradient. */
-const isCopy = (i: Instruction): i is Compute => i.kind === "compute" && i.op === "arrange";
+/** Returns the bytes of a gradient as it is sent. */
+const sentBytes = ([first]: readonly Collective[], buffers: BufferTable): number => (first ? buffers.bytesOf(first.from) : 0);
+/** Returns whether an instruction copies a gradient: into another type or order, or a result into the bytes of the gradient. */
+const isCopy = (i: Instruction): i is Compute => i.kind === "compute" && (i.op === "arrange" || i.op === "cast");
 
 /**
- * Returns the buffers without temporary ones. A result that is smaller than its source gets memory of its own, because other ranks read the
- * source until the reduction has ended; the result of an all-reduce stays in the bytes of its source.
+ * Returns the buffers without temporary ones. A result in the bytes of its source that is smaller gets memory of its own, because other
+ * ranks read the source until the reduction has ended; the result of an all-reduce stays in the bytes of its source.
  */
 function separate(buffers: readonly Buffer[], reductions: readonly Reduction[]): Buffer[] {
   const temporary = new Set(reductions.flatMap((r) => r.temporary));
   const inPlace = new Map<string, string>();
   const apart = new Set<string>();
-  for (const { how, from, to } of reductions.flatMap(({ links }) => links))
-    if (how === "all_reduce" || how === "all_reduce_max") inPlace.set(to, from);
-    else apart.add(to);
+  for (const { copies, links } of reductions)
+    for (const [n, { how, from, to }] of links.entries()) {
+      if (n === 0 && copies.length > 0) continue;
+      if (how === "all_reduce" || how === "all_reduce_max") inPlace.set(to, from);
+      else apart.add(to);
+    }
   return buffers.flatMap((b): Buffer[] => {
     if (temporary.has(b.id)) return [];
     const { within: _, ...own } = b;

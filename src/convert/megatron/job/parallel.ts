@@ -3,6 +3,7 @@ import { layoutText } from "../../layoutText.ts";
 import type { MappedName } from "../arguments/spec.ts";
 import type { Importing } from "./importing.ts";
 import type { ModelSizes } from "./model.ts";
+import { reducesInBf16 } from "./train.ts";
 
 /** The number of ranks of a launch, and the words that determine it. */
 export interface World {
@@ -73,13 +74,18 @@ const MIB = 2 ** 20;
 /** Returns the MiB of so many elements, as a job has them. */
 const mebibytes = (elements: number, bytes: number): number => Math.max(1, Math.round((elements * bytes) / MIB));
 
-/** Puts what runs beside computation. Megatron counts the size of a bucket in elements: of gradients in fp32, of parameters in 16 bits. */
+/** Puts what runs beside computation. Megatron counts the size of a bucket in elements, in the type in which they are sent. */
 function putOverlap({ args, job }: Importing, data: number, isDistributed: boolean, expert: number): void {
   const given = args.numberIfGiven("ddp-bucket-size");
   const elements = given ?? Math.max(40e6, 1e6 * data);
   const remark = `${elements / 1e6} million elements${given === undefined ? ", Megatron's default" : ""}`;
   if (args.has("overlap-grad-reduce") && data > 1)
-    job.put("parallel.gradient_bucket", mebibytes(elements, 4), ["overlap-grad-reduce", "ddp-bucket-size"], remark);
+    job.put(
+      "parallel.gradient_bucket",
+      mebibytes(elements, reducesInBf16({ args }) ? 2 : 4),
+      ["overlap-grad-reduce", "ddp-bucket-size"],
+      remark,
+    );
   if (args.has("overlap-param-gather") && isDistributed && data > 1) {
     const bytes = args.has("bf16") || args.has("fp16") ? 2 : 4;
     job.put("parallel.parameter_bucket", mebibytes(elements, bytes), ["overlap-param-gather", "ddp-bucket-size"], remark);

@@ -66,18 +66,19 @@ function putPrecision({ args, job }: Importing): void {
   job.put("train.loss_scale.min", args.number("min-loss-scale"), ["min-loss-scale"]);
 }
 
-/**
- * Puts the types of gradient sums and moments. Megatron reads `--grad-reduce-in-bf16` with `--bf16` alone, and sums in fp32 if that is asked
- * for. Gradients then lie and are sent in bf16; those of the named parameters are summed over microbatches in fp32 first.
- */
+/** Returns whether gradients are sent in bf16. Megatron reads `--grad-reduce-in-bf16` with `--bf16` alone, and sums in fp32 if that is asked for. */
+export const reducesInBf16 = ({ args }: Pick<Importing, "args">): boolean =>
+  args.has("bf16") && args.has("grad-reduce-in-bf16") && !args.given.has("accumulate-allreduce-grads-in-fp32");
+
+/** Puts the types of gradient sums and moments. Gradients that are sent in bf16 also lie in bf16, but for named parameters. */
 function putStateTypes({ args, job }: Importing): void {
   const sums = ["grad-reduce-in-bf16", "main-grads-dtype"] as const;
-  const isReduced = args.has("grad-reduce-in-bf16") && !args.given.has("accumulate-allreduce-grads-in-fp32");
-  const isNarrow = args.has("bf16") && (isReduced || args.text("main-grads-dtype") === "bf16");
+  const isReduced = reducesInBf16({ args });
+  const isNarrow = isReduced || (args.has("bf16") && args.text("main-grads-dtype") === "bf16");
   const local = "ddp-param-name-patterns-for-fp32-local-accumulation";
-  const isLocal = args.has("bf16") && isReduced && (args.textsIfGiven(local) ?? []).includes("all");
+  const isLocal = isReduced && (args.textsIfGiven(local) ?? []).includes("all");
   job.put("train.gradients", isNarrow && !isLocal ? "bf16" : "f32", [...sums, local]);
-  job.put("train.gradient_reduction", args.has("bf16") && isReduced ? "bf16" : "f32", sums);
+  job.put("train.gradient_reduction", isReduced ? "bf16" : "f32", sums);
   const moments = ["exp-avg-dtype", "exp-avg-sq-dtype"] as const;
   const types = moments.map((name) => args.text(name));
   if (types.some((type) => type !== "fp32") && types.some((type) => type !== "bf16"))
