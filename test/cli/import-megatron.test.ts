@@ -738,8 +738,8 @@ describe("public recipes", () => {
     expect(problemsOf(() => act([])).map((problem) => problem.split(":")[0])).toEqual(["--decoupled-lr 5.0e-4"]);
     const { train, model, parallel } = complete(act(["decoupled-lr"]));
     expect(train).toMatchObject({ steps: 15258789, loss_weighting: "token", gradients: "bf16" });
-    // 40 million elements: of gradients in 4 bytes, of parameters in 2
-    expect(parallel).toMatchObject({ gradient_bucket: 153, parameter_bucket: 76, expert_overlap: "none" });
+    // 40 million elements, of gradients and of parameters in 2 bytes
+    expect(parallel).toMatchObject({ gradient_bucket: 76, parameter_bucket: 76, expert_overlap: "none" });
     expect(train.optimizer).toMatchObject({ decay_steps: 15228271.46875, warmup_steps: 30517.59375 });
     expect(model.vocab).toBe(128256);
   });
