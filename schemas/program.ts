@@ -51,9 +51,18 @@ export const orderOf = ({ order }: Pick<Program, "order">, microbatches: number)
 /** Returns the order of the blocks of an evaluation: that of the forward blocks of a step with the full batch. */
 export const evaluationOrder = ({ order }: Pick<Program, "order">): BlockRun[] => order.filter(({ kind }) => kind === "forward");
 
+/** Forward runs per order: `timesIn` needs them for each instruction, and an order has thousands of runs. */
+const forwardRuns = new WeakMap<Program["order"], number>();
+
 /** Returns the number of microbatches of a step with the full batch. */
-export const microbatchesIn = ({ chunks, order }: Pick<Program, "chunks" | "order">): number =>
-  order.filter(({ kind }) => kind === "forward").length / chunks.length;
+export function microbatchesIn({ chunks, order }: Pick<Program, "chunks" | "order">): number {
+  let runs = forwardRuns.get(order);
+  if (runs === undefined) {
+    runs = order.reduce((n, { kind }) => n + Number(kind === "forward"), 0);
+    forwardRuns.set(order, runs);
+  }
+  return runs / chunks.length;
+}
 
 /** Returns how often an instruction of a block runs in a step with the full batch; 0 in an evaluation, which is not part of a step. */
 export const timesIn = (
