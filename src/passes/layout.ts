@@ -43,7 +43,7 @@ export const PARTIAL_MAX = -3;
 export const shardingOf = (l: Layout, f: number): number =>
   l.partialSum.includes(f) ? PARTIAL_SUM : l.partialMax.includes(f) ? PARTIAL_MAX : l.shardedBy.findIndex((c) => c.includes(f));
 /** Returns a key that is equal for two copies of one value if and only if layout and variant are equal. */
-export const layoutKey = ({ layout: l, variant = {} }: ShardedValue): string =>
+export const layoutKey = ({ layout: l, variant = {} }: Omit<ShardedValue, "value"> & Partial<ShardedValue>): string =>
   `${blockAxesText(l.shardedBy)}${l.partialSum.length ? `+${l.partialSum.join(".")}` : ""}${l.partialMax.length ? `^${l.partialMax.join(".")}` : ""}${variantText(variant, blockAxesText(variant.blockAxes ?? []))}`;
 
 /** Returns the elements of two lists in pairs. Throws an invariant if the lengths differ: both have one element per dim, or per operand. */

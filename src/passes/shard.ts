@@ -62,5 +62,5 @@ export function shard(graph: TrainingGraph, mesh: Mesh, { stageOf, roleOf, pick,
   for (const update of graph.updates) reduceGradient(update, gradients.of(update.parameter), sharder, state, deferred);
   reduceLosses(graph.losses, roleOf, sharder, deferred);
   for (const update of graph.updates) if (update.nodes.length > 0) shardUpdate(update, sharder, updates);
-  return { steps, deferred, updates, placement: placements.all };
+  return { steps, deferred, updates, placement: placements.all, forms: nodes.forms };
 }

@@ -691,7 +691,7 @@ test("any choice of dims gives the same numbers: the rules decide cost only", as
       let s = seed;
       const pick = (votes: readonly Choice[]): Choice => {
         s = Math.imul(s, 1664525) + 1013904223;
-        return votes[(s >>> 8) % (votes.length + 1)] ?? { by: "nothing" };
+        return votes[(s >>> 8) % (votes.length + 1)] ?? { by: () => "nothing" };
       };
       const job = jobFor(parallel, over);
       steps.push(sameSoFar(await numbers(jobOf(job), pick), await reference(job)));

@@ -12,8 +12,8 @@ export interface Choice {
   readonly partial?: true;
   /** The index of the input that stays partial; all inputs if absent. */
   readonly of?: number;
-  /** The reason, as the plan states it. */
-  readonly by: string;
+  /** Returns the reason, as the plan states it, for a node of this form: it names its values. */
+  readonly by: (uses: NodeUses) => string;
 }
 /** The choice for sub-axis `f`. */
 export type SubAxisChoice = Choice & { readonly f: number };
@@ -69,20 +69,20 @@ function choose(
 ): Choice {
   if (state) {
     const dim = state.operand.dimSpecs[shardingOf(placements.of(state.leaf).layout, f)]?.dim;
-    return { dim, by: dim ? `${idOf(state.leaf)} is sharded along ${dim.replace("#", "dim ")}` : `${idOf(state.leaf)} is replicated` };
+    return { dim, by: (uses) => `${updatedId(uses)} is ${dim ? alongText(dim) : "replicated"}` };
   }
   const of = ins.findIndex(({ value, operand }) => copySums.get(value)?.includes(f) && node.op.linearIn === operand.name);
-  if (of >= 0) return { partial: true, of, by: "the copies are partial sums" };
+  if (of >= 0) return { partial: true, of, by: () => "the copies are partial sums" };
   const { pin } = node;
   if (pin && subAxesOf(placements.mesh, pin.axis).includes(f))
-    return { dim: pin.dim, by: `the model pins ${pin.dim ?? "no dim"} at ${pin.axis} (${pin.path})` };
+    return { dim: pin.dim, by: (uses) => `the model pins ${pin.dim ?? "no dim"} at ${pin.axis} (${uses.node.pin?.path})` };
   const at = ins.map(({ value }) => shardingOf(placements.of(value).layout, f));
-  if (node.op.linear && at.every((p) => p === PARTIAL_SUM)) return { partial: true, by: "all inputs are partial sums" };
-  const votes = pairs(ins, at).flatMap(([{ value, operand }, dimIndex]) => {
+  if (node.op.linear && at.every((p) => p === PARTIAL_SUM)) return { partial: true, by: () => "all inputs are partial sums" };
+  const votes = pairs(ins, at).flatMap(([{ value, operand }, dimIndex], index) => {
     const spec = operand.dimSpecs[dimIndex];
     if (!spec || spec.replicated) return [];
     const parameter = value.leaf?.kind === "parameter";
-    const by = `${parameter ? idOf(value) : operand.name} is sharded along ${spec.dim.replace("#", "dim ")}`;
+    const by = (uses: NodeUses): string => `${parameter ? operandId(uses, index) : operand.name} is ${alongText(spec.dim)}`;
     return [{ parameter, dim: spec.dim, by }];
   });
   const picked = pick?.(votes);
@@ -91,12 +91,28 @@ function choose(
   if (weight) return weight;
   const [first] = votes;
   if (!first) {
-    if (at.some((p) => p === PARTIAL_SUM || p === PARTIAL_MAX)) return { by: "the value is partial, and the op needs the reduced value" };
+    if (at.some((p) => p === PARTIAL_SUM || p === PARTIAL_MAX))
+      return { by: () => "the value is partial, and the op needs the reduced value" };
     const gathered = pairs(ins, at).flatMap(([{ operand }, dimIndex]) => operand.dimSpecs[dimIndex]?.dim ?? []);
-    return { by: gathered.length ? `${gathered[0]} is read completely` : "no operand is sharded" };
+    return { by: () => (gathered.length ? `${gathered[0]} is read completely` : "no operand is sharded") };
   }
   if (votes.every((x) => x.dim === first.dim)) return first;
   return votes.find((x) => outs[0]?.operand.dimSpecs.some((s) => s.dim === x.dim)) ?? first;
+}
+
+const alongText = (dim: string): string => `sharded along ${dim.replace("#", "dim ")}`;
+
+/** Returns the id of an operand of a node. */
+function operandId({ node, ins }: NodeUses, index: number): string {
+  const use = ins[index];
+  invariant(use !== undefined, () => `${node.id} has no operand ${index}`);
+  return idOf(use.value);
+}
+/** Returns the id of the state that a node updates. */
+function updatedId(uses: NodeUses): string {
+  const state = updatedBy(uses);
+  invariant(state !== undefined, () => `${uses.node.id} updates no state`);
+  return idOf(state.leaf);
 }
 
 /** Returns the sub-axes of each dim, outermost first: in the order of state or of a parameter, else of the operand with the most; then by stride. */

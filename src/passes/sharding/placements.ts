@@ -2,7 +2,7 @@
 import { isDisjointSubAxes, shardCount } from "../../../schemas/sharding.ts";
 import { invariant, type Value } from "../../ops/op.ts";
 import { idOf } from "../backward.ts";
-import type { Layout } from "../layout.ts";
+import { type Layout, layoutKey } from "../layout.ts";
 import { axesName, hasSeparateGrids, type Mesh, subAxesOf } from "../mesh.ts";
 import type { Placement } from "./steps.ts";
 
@@ -12,6 +12,9 @@ export class Placements {
   readonly every: readonly number[];
   readonly #placed = new Map<Value, Placement>();
   readonly #hasSeparateGrids: boolean;
+  /** The one object of equal layouts, by key, and the numbers of these objects. */
+  readonly #layouts = new Map<string, Layout>();
+  readonly #numbers = new Map<Layout, number>();
 
   constructor(readonly mesh: Mesh) {
     this.#hasSeparateGrids = hasSeparateGrids(mesh);
@@ -30,15 +33,35 @@ export class Placements {
     invariant(placed !== undefined, () => `${idOf(v)} is used before an op produces it`);
     return placed;
   }
-  /** Records the placement of a value. Throws an invariant if a dim does not divide by its sub-axes, or if the layout mixes grids. */
-  place(v: Value, layout: Layout, stage: number): void {
+  /** Records the placement of a value, and returns it. Throws an invariant if a dim does not divide by its sub-axes, or if the layout mixes grids. */
+  place(v: Value, layout: Layout, stage: number): Placement {
     this.requireOneGrid(v, layout);
     for (const [dim, fs] of layout.shardedBy.entries())
       invariant(
         (v.sizes[dim] ?? 0) % this.count(fs) === 0,
         () => `${idOf(v)}: dim ${dim} of ${v.sizes[dim]} elements does not divide by ${this.count(fs)}`,
       );
-    this.#placed.set(v, { layout, stage });
+    const placed: Placement = { value: v, layout: this.unique(layout), stage };
+    this.#placed.set(v, placed);
+    return placed;
+  }
+
+  /** Returns the object that stands for all layouts that equal this one. */
+  unique(layout: Layout): Layout {
+    if (this.#numbers.has(layout)) return layout;
+    // the key of a layout without dims is that of one replicated dim
+    const key = `${layout.shardedBy.length} ${layoutKey({ layout })}`;
+    const known = this.#layouts.get(key);
+    if (known) return known;
+    this.#layouts.set(key, layout);
+    this.#numbers.set(layout, this.#numbers.size);
+    return layout;
+  }
+  /** Returns the number of the layout in which a value is placed: equal layouts have equal numbers. */
+  numberOf(v: Value): number {
+    const number = this.#numbers.get(this.of(v).layout);
+    invariant(number !== undefined, () => `the layout of ${idOf(v)} has no number`);
+    return number;
   }
 
   /** Returns the number of blocks that sub-axes shard a dim into. */

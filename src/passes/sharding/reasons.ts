@@ -23,12 +23,13 @@ function pathOf(mesh: Mesh, [f]: readonly number[], expert: boolean): string {
 
 /** Returns the origin of the reshard of an operand: the choices for the sub-axes that changed. */
 export const operandReason =
-  (mesh: Mesh, { node }: NodeUses, { operand, value }: OperandUse, chosen: readonly SubAxisChoice[]) =>
+  (mesh: Mesh, uses: NodeUses, { operand, value }: OperandUse, chosen: readonly SubAxisChoice[]) =>
   (changed: readonly number[]): Reason => {
+    const { node } = uses;
     const because = chosen
       .filter(({ f }) => changed.includes(f))
       .map(({ dim, by }) =>
-        dim !== undefined && operand.dimSpecs.some((s) => s.dim === dim && s.replicated) ? `${dim} is read completely` : by,
+        dim !== undefined && operand.dimSpecs.some((s) => s.dim === dim && s.replicated) ? `${dim} is read completely` : by(uses),
       );
     return {
       op: `${node.id}.${operand.name}`,

@@ -45,7 +45,10 @@ export class Resharder {
 
   /** Emits transfers, then reshard steps. All-gathers are repeated in backward, so that gathered values do not stay in memory. Returns the copy. */
   reshard(v: Value, want: Layout, destination: Destination): ShardedValue {
-    const { layout } = this.#placements.of(v);
+    const placed = this.#placements.of(v);
+    const { layout } = placed;
+    // most operands are where the op needs them
+    if (layout === want && placed.stage === destination.stage) return placed;
     const start = this.#deliver(v, destination);
     const isReordered = pairs(layout.shardedBy, want.shardedBy).map(([from, to]) => !continues(from, to) && !continues(to, from));
     if (!isReordered.some(Boolean)) return this.#reshardFrom(start, want, destination);
@@ -74,7 +77,7 @@ export class Resharder {
   #deliver(v: Value, { stage, backward, why, into }: Destination): ShardedValue {
     const at = this.#placements.of(v);
     const known = this.#available(v);
-    let shardedValue: ShardedValue = { value: v, layout: at.layout };
+    let shardedValue: ShardedValue = at;
     // every stage has the inputs; all chunks of a rank share its parameters
     if (v.leaf?.kind === "input" || (v.leaf && this.#roleOf(at.stage) === this.#roleOf(stage))) return shardedValue;
     const direction = Math.sign(stage - at.stage);
@@ -99,7 +102,6 @@ export class Resharder {
     this.#placements.requireOneGrid(v, first.layout, target);
     const known = this.#available(v);
     const virtualStage = this.#laterStage(v, stage);
-    // most operands are in the layout that the op needs
     if (isSame(first.layout, target)) return first;
     const blockAxes = pairs(first.layout.shardedBy, target.shardedBy).map(([from, to]) => (from.length > to.length ? from : to));
     let shardedValue = first;

@@ -53,9 +53,8 @@ export interface AccumulateStep {
 /** One instruction of the sharded graph. `stage` is a virtual stage. */
 export type ShardStep = ComputeStep | CollectiveStep | SendStep | AccumulateStep;
 
-/** The layout of a value, and the virtual stage in which it is first produced. */
-export interface Placement {
-  readonly layout: Layout;
+/** A value in its layout, and the virtual stage in which it is first produced. */
+export interface Placement extends ShardedValue {
   readonly stage: number;
 }
 /** The result of the sharding pass. */
@@ -67,4 +66,6 @@ export interface ShardedGraph {
   /** The updates of parameters, after the gradients are reduced. Their values are those of `TrainingGraph.updates`. */
   readonly updates: readonly ShardStep[];
   readonly placement: ReadonlyMap<Value, Placement>;
+  /** The number of distinct forms of nodes, each of which was decided once. */
+  readonly forms: number;
 }
