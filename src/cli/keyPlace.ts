@@ -72,8 +72,8 @@ async function placeIn(source: Source, path: string): Promise<KeyPlace> {
 
 /** Returns per change the codes of the rules that refuse the changed job; empty if none does. */
 export async function refusalsOf(job: Job, changes: readonly { readonly set: Readonly<Record<string, unknown>> }[]): Promise<string[]> {
-  const [{ quick }, { completeJob, JobText }, { setPath }] = await Promise.all([
-    import("../rules/quick.ts"),
+  const [{ jobRules }, { completeJob, JobText }, { setPath }] = await Promise.all([
+    import("../rules/jobRules.ts"),
     import("../../schemas/job.ts"),
     import("../frontend/source.ts"),
   ]);
@@ -84,7 +84,7 @@ export async function refusalsOf(job: Job, changes: readonly { readonly set: Rea
     const read = JobText.safeParse(value);
     if (!read.success) return "another type of value";
     const then = completeJob(read.data);
-    return [...new Set(quick.flatMap((rule) => (rule.level === "error" && [...rule.check(then)].length > 0 ? [rule.code] : [])))].join(
+    return [...new Set(jobRules.flatMap((rule) => (rule.level === "error" && [...rule.check(then)].length > 0 ? [rule.code] : [])))].join(
       ", ",
     );
   });

@@ -4,12 +4,12 @@ import type { Warning } from "../report/overview.ts";
 
 /** The warnings of the rules that need no compiled program, and a peak above the memory of the device. */
 export async function warningsOf(plan: Plan): Promise<Warning[]> {
-  const [{ quick }, { devices }, { bytesText }] = await Promise.all([
-    import("../rules/quick.ts"),
+  const [{ jobRules }, { devices }, { bytesText }] = await Promise.all([
+    import("../rules/jobRules.ts"),
     import("../../schemas/devices.ts"),
     import("../units.ts"),
   ]);
-  const found = quick
+  const found = jobRules
     .filter(({ level }) => level === "warning")
     .flatMap((rule) => [...rule.check(plan.job)].map((result) => ({ code: rule.code, title: rule.title, found: result.found })));
   const { device } = plan.job.cluster;

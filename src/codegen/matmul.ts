@@ -1,6 +1,6 @@
 import type { Dtype } from "../../schemas/dtypes.ts";
 import { gemmDgradPair, gemmDgradTriple, groupedDgradPair } from "../ops/fused.ts";
-import { gemm, gemmDgrad, gemmWgrad, groupedDgrad, groupedGemm, groupedWgrad } from "../ops/linear.ts";
+import { gemm, gemmDgrad, gemmWgrad, groupedDgrad, groupedGemm, groupedWgrad } from "../ops/gemm.ts";
 import { invariant } from "../ops/op.ts";
 import { forOp, type KernelSpec, offsetsAt } from "./kernelSpec.ts";
 

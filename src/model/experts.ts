@@ -4,11 +4,11 @@
  */
 import { isGated } from "../../schemas/job.ts";
 import { gatedUnits } from "../ops/gatedUnits.ts";
-import { add, addBiasRows, cast, gemm, groupedGemm } from "../ops/linear.ts";
+import { add, addBiasRows, cast, gemm, groupedGemm } from "../ops/gemm.ts";
 import { pack, permute, sigmoidGate, unpermute } from "../ops/moe.ts";
 import { declared, type Value } from "../ops/op.ts";
-import { plainUnits } from "../ops/plainUnits.ts";
 import { combineWeights } from "../ops/router.ts";
+import { ungatedUnits } from "../ops/ungatedUnits.ts";
 import type { ModuleBuilder } from "./builder.ts";
 import { dense } from "./feedForward.ts";
 import { logitsOf, type Moe, type Routing, route } from "./router.ts";
@@ -41,7 +41,7 @@ function routed(module: ModuleBuilder, x: Value, moe: Moe, { map: c, weights: p,
   const { activation } = module.job.model;
   const act = isGated(activation)
     ? gatedUnits[activation].rows.of({ gate: into("1"), up: into("3"), p: weights }, {}, at(activation))
-    : plainUnits[activation].rows.of({ x: into("1"), p: weights }, {}, at(activation));
+    : ungatedUnits[activation].rows.of({ x: into("1"), p: weights }, {}, at(activation));
   const y = pin(unpermute.of({ r: w("w2", `E@ep,F@etp,${width}`, act), c }, limits, at("unpermute")));
   return moe.bias ? add.of({ a: y, b: weightedBiases(module, x, { map: c, weights: p }, width) }, {}, at("w2_bias_sum")) : y;
 }

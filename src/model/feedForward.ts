@@ -2,15 +2,15 @@
 
 import { isGated, type Job } from "../../schemas/job.ts";
 import { gatedUnits } from "../ops/gatedUnits.ts";
-import { addBias, gemm } from "../ops/linear.ts";
+import { addBias, gemm } from "../ops/gemm.ts";
 import type { Value } from "../ops/op.ts";
-import { plainUnits } from "../ops/plainUnits.ts";
+import { ungatedUnits } from "../ops/ungatedUnits.ts";
 import { inStream, type ModuleBuilder } from "./builder.ts";
 
 /** Applies an activation to [B,S,F]. `into(name)` returns the product with the matrix w1, and with a gate also that with w3. */
 function activated(activation: Job["model"]["activation"], into: (name: "1" | "3") => Value, id: string): Value {
   if (isGated(activation)) return gatedUnits[activation].dense.of({ gate: into("1"), up: into("3") }, {}, id);
-  return plainUnits[activation].dense.of({ x: into("1") }, {}, id);
+  return ungatedUnits[activation].dense.of({ x: into("1") }, {}, id);
 }
 
 /**

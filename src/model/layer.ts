@@ -1,6 +1,6 @@
 /** One pre-norm transformer layer: attention, then a dense or mixture-of-experts feed-forward block. */
 
-import { add } from "../ops/linear.ts";
+import { add } from "../ops/gemm.ts";
 import type { Value } from "../ops/op.ts";
 import { attend } from "./attention.ts";
 import { dropped, type ModuleBuilder } from "./builder.ts";

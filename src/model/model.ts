@@ -5,7 +5,7 @@
 import { evenBy, hasExperts } from "../../schemas/experts.ts";
 import { type Job, paddedVocab } from "../../schemas/job.ts";
 import { hasTokenWeights } from "../../schemas/lossWeights.ts";
-import { add, gemm, gemmDgrad } from "../ops/linear.ts";
+import { add, gemm, gemmDgrad } from "../ops/gemm.ts";
 import type { Attrs, Value } from "../ops/op.ts";
 import { embed, mean, nll, rowMax, softmaxTerms, sourceLosses, weightedSum } from "../ops/vocab.ts";
 import { copyOf, dropped, inStream, type ModelGraph, type ModelGraphBuilder, type ModuleBuilder, moduleBuilders } from "./builder.ts";

@@ -8,8 +8,8 @@
 import { hasExperts } from "../../schemas/experts.ts";
 import type { Job } from "../../schemas/job.ts";
 import { depthsOf } from "../../schemas/mtp.ts";
+import { gemm } from "../ops/gemm.ts";
 import { join } from "../ops/latent.ts";
-import { gemm } from "../ops/linear.ts";
 import type { Value } from "../ops/op.ts";
 import { embed } from "../ops/vocab.ts";
 import { dropped, inStream, type ModuleBuilderAt } from "./builder.ts";

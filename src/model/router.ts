@@ -16,7 +16,7 @@ import {
 } from "../ops/balance.ts";
 import { drop, droppedRows, expertChoiceMask, uniformMask } from "../ops/capacity.ts";
 import { jitter } from "../ops/dropout.ts";
-import { addBias, gemm } from "../ops/linear.ts";
+import { addBias, gemm } from "../ops/gemm.ts";
 import { type Attrs, declared, type Value } from "../ops/op.ts";
 import { combineWeights, normalize, sigmoid, softmax, sqrtSoftplus, topKMask, topKMaskBiased, zLoss } from "../ops/router.ts";
 import { type ModuleBuilder, orderOf } from "./builder.ts";

@@ -1,6 +1,6 @@
 /**
  * Activation functions f(x) = x·s(x) of the feed-forward part. The formula of s and the derivative of f are the whole difference between
- * them: gated units (gatedUnits.ts) and plain units (plainUnits.ts) are made from these, and so are the reference and the kernels.
+ * them: gated units (gatedUnits.ts) and ungated units (ungatedUnits.ts) are made from these, and so are the reference and the kernels.
  *
  *   silu          s = σ(x)
  *   gelu          s = Φ(x), the normal distribution, by erf (Hendrycks and Gimpel 2016, arXiv:1606.08415): torch's default

@@ -4,7 +4,7 @@
  */
 import type { Result } from "./formula.ts";
 import { gatedUnits } from "./gatedUnits.ts";
-import { gemm as product, runs } from "./loops.ts";
+import { gemm as product, runs } from "./matrixProduct.ts";
 import { rmsnorm, rmsnormGrad } from "./norm.ts";
 import { formulaOp, invariant, op } from "./op.ts";
 

@@ -8,7 +8,6 @@ import * as capacity from "./capacity.ts";
 import { dropout, jitter } from "./dropout.ts";
 import * as fused from "./fused.ts";
 import { gatedUnits } from "./gatedUnits.ts";
-import { join, latentKv, latentKvGrad, split } from "./latent.ts";
 import {
   accumulate,
   add,
@@ -23,15 +22,16 @@ import {
   groupedDgrad,
   groupedGemm,
   groupedWgrad,
-} from "./linear.ts";
+} from "./gemm.ts";
+import { join, latentKv, latentKvGrad, split } from "./latent.ts";
 import * as moe from "./moe.ts";
 import * as norm from "./norm.ts";
 import type { AnyFormulaOp, AnyOp } from "./op.ts";
 import * as optimizer from "./optimizer.ts";
-import { plainUnits } from "./plainUnits.ts";
 import * as messages from "./rearrange.ts";
 import { rope, ropeDocuments } from "./rope.ts";
 import * as router from "./router.ts";
+import { ungatedUnits } from "./ungatedUnits.ts";
 import * as vocab from "./vocab.ts";
 
 const all = [
@@ -48,7 +48,7 @@ const all = [
   ...Object.values(capacity),
   ...Object.values(moe),
   ...Object.values(gatedUnits).flatMap(({ dense, denseGrad, rows, rowsGrad }) => [dense, denseGrad, rows, rowsGrad]),
-  ...Object.values(plainUnits).flatMap(({ dense, denseGrad, rows, rowsGrad }) => [dense, denseGrad, rows, rowsGrad]),
+  ...Object.values(ungatedUnits).flatMap(({ dense, denseGrad, rows, rowsGrad }) => [dense, denseGrad, rows, rowsGrad]),
   ...Object.values(optimizer),
   ...Object.values(fused),
   ...[messages.arrange, messages.takeRows, messages.invertRows, messages.splitRows, messages.mergeRows],

@@ -1,7 +1,7 @@
 /** Embedding and cross-entropy. V may be sharded: one shard holds the row of an id, and the loss is composed of partial values. */
 import { add, div, log, rowMax as maxOfRow, mul, neg, sub, total, totalOver } from "./formula.ts";
-import { idColumns, LOWEST, ofIds } from "./idColumns.ts";
 import { formulaOp, type Grads, op } from "./op.ts";
+import { idColumns, LOWEST, ofIds } from "./paddedVocab.ts";
 
 /** y = the row of the embedding for each id; 0 for rows of other ranks. */
 export const embed = op({
@@ -33,7 +33,7 @@ function here(ids: Float32Array, start: number, V: number, visit: (t: number, v:
 }
 
 // The loss as a sum of terms that are partial under a sharded V: −log softmax(x)[target] = log Σ exp(x − m) + m − x[target].
-// The optional attribute `ids` is the number of ids: logits of further columns take no part (idColumns.ts).
+// The optional attribute `ids` is the number of ids: logits of further columns take no part (paddedVocab.ts).
 
 /** The maximum of each row. */
 export const rowMax = formulaOp({

@@ -4,7 +4,7 @@
 import type { Dtype } from "../../schemas/dtypes.ts";
 import type { InputSource } from "../../schemas/plan.ts";
 import { isCount, type Loss, type ModelGraph } from "../model/builder.ts";
-import { add } from "../ops/linear.ts";
+import { add } from "../ops/gemm.ts";
 import { changed, invariant, type Node, nodeOf, outputOf, type Value } from "../ops/op.ts";
 import { topological } from "./graphOrder.ts";
 import { pairs } from "./layout.ts";

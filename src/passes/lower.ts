@@ -9,7 +9,7 @@ import type { OpName } from "../../schemas/opNames.ts";
 import type { Buffer, Chunk, Compute, Instruction, Program } from "../../schemas/plan.ts";
 import { type Block, blocksOf } from "../../schemas/program.ts";
 import type { BufferTable } from "../analysis/bufferTable.ts";
-import { accumulate } from "../ops/linear.ts";
+import { accumulate } from "../ops/gemm.ts";
 import { invariant } from "../ops/op.ts";
 import { idOf } from "./backward.ts";
 import { computeInstruction, partsOf } from "./computeInstruction.ts";

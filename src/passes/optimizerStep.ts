@@ -6,7 +6,7 @@
 import type { InputSource, Parameter, Program } from "../../schemas/plan.ts";
 import { shardCount } from "../../schemas/sharding.ts";
 import { isCount } from "../model/builder.ts";
-import { cast } from "../ops/linear.ts";
+import { cast } from "../ops/gemm.ts";
 import { invariant, type Value } from "../ops/op.ts";
 import * as optimizer from "../ops/optimizer.ts";
 import { idOf } from "./backward.ts";

@@ -6,7 +6,7 @@ import type { Job } from "../../schemas/job.ts";
 import { depthAt, depthPart, layerAtPosition, layerPart } from "../model/positions.ts";
 import { gatedUnits } from "../ops/gatedUnits.ts";
 import type { Node } from "../ops/op.ts";
-import { plainUnits } from "../ops/plainUnits.ts";
+import { ungatedUnits } from "../ops/ungatedUnits.ts";
 import type { Pipeline } from "./pipelineStages.ts";
 
 const isOneOf = (names: readonly string[]) => (name: string) => names.includes(name);
@@ -22,7 +22,7 @@ const modules: Readonly<Record<Job["train"]["recompute"]["modules"][number], (na
   mla_up_proj: isOneOf(["q_norm", "wq_b", "q_rope", "kv_norm", "wkv_b", "k_rope", "kv"].map((name) => `attn.${name}`)),
   mlp: isIn("mlp.", ["mlp.norm", "mlp.residual"]),
   moe: isIn("moe."),
-  moe_act: isOneOf([...Object.keys(gatedUnits), ...Object.keys(plainUnits)].map((name) => `moe.${name}`)),
+  moe_act: isOneOf([...Object.keys(gatedUnits), ...Object.keys(ungatedUnits)].map((name) => `moe.${name}`)),
   // the rows that experts read: top_k copies of each token
   moe_permute: isOneOf(["moe.permute"]),
   shared_experts: isIn("moe.shared."),

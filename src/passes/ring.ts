@@ -18,7 +18,7 @@ import {
   attentionDropoutDocumentsPartGrad,
 } from "../ops/attentionDocuments.ts";
 import { attentionDropout, attentionDropoutGrad, attentionDropoutPart, attentionDropoutPartGrad } from "../ops/attentionDropout.ts";
-import { add, cast } from "../ops/linear.ts";
+import { add, cast } from "../ops/gemm.ts";
 import { type AnyOp, invariant } from "../ops/op.ts";
 import { computeInstruction } from "./computeInstruction.ts";
 import { axesName } from "./mesh.ts";

@@ -1,6 +1,6 @@
 /** Parameters that several stages use: gradients of the copies go to the owner's stage, and the updated parameter comes back. */
 import { headAt } from "../model/positions.ts";
-import { accumulate } from "../ops/linear.ts";
+import { accumulate } from "../ops/gemm.ts";
 import { invariant, type Value } from "../ops/op.ts";
 import { type Graph, idOf } from "./backward.ts";
 import type { ProgramBuilder } from "./programBuilder.ts";

@@ -6,7 +6,7 @@
 import type { Dtype } from "../../schemas/dtypes.ts";
 import type { Job } from "../../schemas/job.ts";
 import type { Parameter } from "../../schemas/plan.ts";
-import { cast } from "../ops/linear.ts";
+import { cast } from "../ops/gemm.ts";
 import { type AnyOp, type Attrs, changed, invariant, type Leaf, type Node, type Value } from "../ops/op.ts";
 import { type Graph, idOf } from "./backward.ts";
 import { pairs } from "./layout.ts";

@@ -2,7 +2,7 @@
 import type { JobText } from "../../schemas/job.ts";
 import type { Finding } from "../frontend/diagnostic.ts";
 import type { Source } from "../frontend/source.ts";
-import { quick } from "./quick.ts";
+import { jobRules } from "./jobRules.ts";
 
 /** The fault of an entry that silences nothing. */
 export const allowFault = {
@@ -16,7 +16,7 @@ export const allowFault = {
 export function idleEntries(allow: JobText["allow"], source: Source): readonly Finding[] {
   return (allow ?? []).flatMap((entry, i): Finding[] => {
     const [code, path] = typeof entry === "string" ? [entry, `allow.${i}`] : [entry.code, `allow.${i}.code`];
-    const named = quick.filter((rule) => rule.code === code);
+    const named = jobRules.filter((rule) => rule.code === code);
     if (named.some(({ level }) => level === "warning")) return [];
     const at = source.at(path);
     const found = named.length > 0 ? `${code} is an error` : `no rule has the code ${code}`;

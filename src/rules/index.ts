@@ -3,8 +3,8 @@ import { completeJob, type Job, JobText } from "../../schemas/job.ts";
 import type { Changes, Finding, Related } from "../frontend/diagnostic.ts";
 import { setText } from "../frontend/diagnostic.ts";
 import { copy, deletePath, isObject, type Source, setPath, valueAt } from "../frontend/source.ts";
+import { jobRules } from "./jobRules.ts";
 import { memoryRule, type Peak } from "./memory.ts";
-import { quick } from "./quick.ts";
 import type { JobPath, Rule, RuleResult } from "./rule.ts";
 
 /** The smallest valid job, into which the example of each rule is merged. */
@@ -28,7 +28,7 @@ export function jobFindings(job: Job, source: Source): Finding[] {
   const report = { left: WORK, taken: {} };
   return allowedAmong(
     source,
-    quick.flatMap((rule) => findingsOf(rule, job, source, report)),
+    jobRules.flatMap((rule) => findingsOf(rule, job, source, report)),
   );
 }
 
@@ -137,7 +137,7 @@ function valuesOf(safe: Changes, source: Source): Cure | undefined {
   return { set: Object.fromEntries(Object.keys(safe).map((path) => [path, value(path)])), leftOut, isSafe: true };
 }
 
-const reportedCodes = (job: Job): string[] => quick.flatMap((r) => [...r.check(job)].map((result) => `${r.code} ${result.at}`));
+const reportedCodes = (job: Job): string[] => jobRules.flatMap((r) => [...r.check(job)].map((result) => `${r.code} ${result.at}`));
 
 function changed(source: Source, set: Changes): Job | undefined {
   if (!isObject(source.value)) return undefined;

@@ -10,7 +10,7 @@ import { estimate } from "../analysis/estimate/estimate.ts";
 import { cpu, type Target } from "../codegen/targets.ts";
 import { compile } from "../compile.ts";
 import { peakOf } from "../rules/all.ts";
-import { quick } from "../rules/quick.ts";
+import { jobRules } from "../rules/jobRules.ts";
 import { choicesOf, type FixedKeys, type JobChoice, jobWith, type KeptKeys, searchedKeys } from "./choice.ts";
 import { forecast, forecastBase } from "./forecast.ts";
 
@@ -157,7 +157,7 @@ function isDone(judged: readonly Candidate[], ratios: readonly number[], seconds
 
 /** Returns the first error of the rules, as code and title. */
 function firstError(job: Job): string | undefined {
-  for (const rule of quick) if (rule.level === "error" && [...rule.check(job)].length > 0) return `${rule.code} ${rule.title}`;
+  for (const rule of jobRules) if (rule.level === "error" && [...rule.check(job)].length > 0) return `${rule.code} ${rule.title}`;
   return undefined;
 }
 

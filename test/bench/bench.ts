@@ -7,7 +7,7 @@ import { mkdtempSync, readFileSync, rmSync, statSync, writeFileSync } from "node
 import { cpus, tmpdir } from "node:os";
 import { join } from "node:path";
 import { compile } from "../../src/compile.ts";
-import { gemm } from "../../src/ops/loops.ts";
+import { gemm } from "../../src/ops/matrixProduct.ts";
 import { printPlan } from "../../src/plan/seal.ts";
 import { root } from "../support/checkout.ts";
 import { deepseekSets, scaledJob } from "../support/scale.ts";

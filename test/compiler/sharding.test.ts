@@ -1,7 +1,7 @@
 /** The parts of the sharding pass alone: which rule chooses a dim, and which steps lead from one layout to another. */
 import { expect, test } from "vitest";
 import { compile } from "../../src/compile.ts";
-import { gemm } from "../../src/ops/linear.ts";
+import { gemm } from "../../src/ops/gemm.ts";
 import { rmsnorm } from "../../src/ops/norm.ts";
 import { changed, type Node, type Value } from "../../src/ops/op.ts";
 import { type Layout, pairs } from "../../src/passes/layout.ts";

@@ -24,7 +24,7 @@ const layers = [
   { name: "passes", holds: /^src\/passes\// },
   { name: "codegen", holds: /^src\/codegen\// },
   { name: "plan files", holds: /^src\/plan\// },
-  { name: "peak memory", holds: /^src\/peak\.ts$/ },
+  { name: "peak memory", holds: /^src\/peakMemory\.ts$/ },
   { name: "reports", holds: /^src\/report\// },
   { name: "source and diagnostics", holds: /^src\/frontend\/(source|diagnostic|jobFiles|auto)\.ts$/ },
   { name: "rules", holds: /^src\/rules\// },

@@ -20,7 +20,7 @@ import {
   sub,
   variable,
 } from "../../src/ops/formula.ts";
-import { addBias } from "../../src/ops/linear.ts";
+import { addBias } from "../../src/ops/gemm.ts";
 import { sigmoidGate } from "../../src/ops/moe.ts";
 import { formulaOp } from "../../src/ops/op.ts";
 

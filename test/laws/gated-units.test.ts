@@ -3,7 +3,7 @@ import { expect, test } from "vitest";
 import { compile } from "../../src/compile.ts";
 import { erf } from "../../src/ops/erf.ts";
 import { gatedUnits } from "../../src/ops/gatedUnits.ts";
-import { plainUnits } from "../../src/ops/plainUnits.ts";
+import { ungatedUnits } from "../../src/ops/ungatedUnits.ts";
 import { jobOf } from "../support/job.ts";
 import { activations } from "../support/plainModel.ts";
 
@@ -77,10 +77,10 @@ test.each(Object.entries(gatedUnits))(
   },
 );
 
-test.each(Object.entries(plainUnits))(
+test.each(Object.entries(ungatedUnits))(
   "%s without a gate and its gradients are those of the plain formula",
   (name, { dense, denseGrad, rows, rowsGrad }) => {
-    const act = activations[name as keyof typeof plainUnits];
+    const act = activations[name as keyof typeof ungatedUnits];
     const slope = slopeOf(act);
     const [x, y, dx, dp] = [gate, new Float32Array(F), new Float32Array(F), new Float32Array(1)];
     dense.cpu({ x, y }, d, place);

@@ -2,7 +2,7 @@
 import fc from "fast-check";
 import { describe, expect, test } from "vitest";
 import { ops } from "../../src/ops/index.ts";
-import { gemm } from "../../src/ops/loops.ts";
+import { gemm } from "../../src/ops/matrixProduct.ts";
 import type { AnyOp, Node, OutputGrads, Value } from "../../src/ops/op.ts";
 import { type Case, cutError, cuttable, distance, elements, execute, makeCase, random } from "../support/opCases.ts";
 

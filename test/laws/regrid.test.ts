@@ -7,7 +7,7 @@ import type { Collective, Instruction, Plan } from "../../schemas/plan.ts";
 import { instructionsOf } from "../../schemas/program.ts";
 import { isDisjointSubAxes, rankCoordinate, shardCount } from "../../schemas/sharding.ts";
 import { compile } from "../../src/compile.ts";
-import { add } from "../../src/ops/linear.ts";
+import { add } from "../../src/ops/gemm.ts";
 import { declared, type Value } from "../../src/ops/op.ts";
 import { regridded } from "../../src/ops/regrid.ts";
 import { buildMesh, hasSeparateGrids } from "../../src/passes/mesh.ts";

@@ -5,7 +5,7 @@ import { bytesOf, cudaType } from "../../../schemas/dtypes.ts";
 import { render } from "../../../templates/bindings.ts";
 import { attentionMerge } from "../../ops/attention.ts";
 import { dropout, dropsOf, jitter, runtimeAttrs } from "../../ops/dropout.ts";
-import { addBiasRows } from "../../ops/linear.ts";
+import { addBiasRows } from "../../ops/gemm.ts";
 import type { OperandName } from "../../ops/op.ts";
 import { embed, softmaxTermsGrad } from "../../ops/vocab.ts";
 import { cudaKernel, type GeneratedKernel, type KernelOperand, type KernelSpec, operandOf, positionText } from "../kernelSpec.ts";

@@ -3,7 +3,7 @@ import { type Arch, cudaArchs } from "../../../schemas/devices.ts";
 import { bytesOf, cudaType } from "../../../schemas/dtypes.ts";
 import { render } from "../../../templates/bindings.ts";
 import { rmsnormGradAdd, rmsnormGradAddPair, rmsnormGradAddTriple, rmsnormSum, rmsnormSumTriple } from "../../ops/fused.ts";
-import { biasGrad, biasRowsGrad } from "../../ops/linear.ts";
+import { biasGrad, biasRowsGrad } from "../../ops/gemm.ts";
 import {
   headLayernorm,
   headLayernormGrad,

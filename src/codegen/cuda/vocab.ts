@@ -4,7 +4,7 @@ import { bytesOf, cudaType } from "../../../schemas/dtypes.ts";
 import { render } from "../../../templates/bindings.ts";
 import { layoutOf, operandIn } from "../../ops/formula.ts";
 import { softmaxStatistics } from "../../ops/fused.ts";
-import { sumOfIds } from "../../ops/idColumns.ts";
+import { sumOfIds } from "../../ops/paddedVocab.ts";
 import { embedGrad, softmaxTerms, sourceLosses } from "../../ops/vocab.ts";
 import { formulaText } from "../formulaText.ts";
 import { cudaKernel, type GeneratedKernel, operandOf, type SpecOf } from "../kernelSpec.ts";

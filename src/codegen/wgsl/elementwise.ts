@@ -6,7 +6,7 @@ import { render } from "../../../templates/bindings.ts";
 import { attentionMerge } from "../../ops/attention.ts";
 import { uniformMask } from "../../ops/capacity.ts";
 import { dropout, dropsOf, jitter, runtimeAttrs } from "../../ops/dropout.ts";
-import { addBiasRows } from "../../ops/linear.ts";
+import { addBiasRows } from "../../ops/gemm.ts";
 import type { OperandName } from "../../ops/op.ts";
 import { embed, softmaxTermsGrad } from "../../ops/vocab.ts";
 import { type GeneratedKernel, type KernelOperand, type KernelSpec, operandOf, positionText, wgslKernel } from "../kernelSpec.ts";

@@ -1,6 +1,6 @@
 /** Norms over the width of the model or of each head, with several rows per workgroup; and the gradients of biases. */
 import { render } from "../../../templates/bindings.ts";
-import { biasGrad, biasRowsGrad } from "../../ops/linear.ts";
+import { biasGrad, biasRowsGrad } from "../../ops/gemm.ts";
 import {
   headLayernorm,
   headLayernormGrad,

@@ -1,7 +1,7 @@
 /** Kernels of embedding and loss without a formula: the terms of the softmax, and the gradient of the embedding. */
 import { render } from "../../../templates/bindings.ts";
 import { layoutOf, operandIn } from "../../ops/formula.ts";
-import { sumOfIds } from "../../ops/idColumns.ts";
+import { sumOfIds } from "../../ops/paddedVocab.ts";
 import { embedGrad, softmaxTerms, sourceLosses } from "../../ops/vocab.ts";
 import { formulaText } from "../formulaText.ts";
 import { type GeneratedKernel, operandOf, type SpecOf, wgslKernel } from "../kernelSpec.ts";

@@ -3,7 +3,7 @@ import { type Device, deviceOf } from "../../../schemas/devices.ts";
 import { completeJob, type Job, JobText } from "../../../schemas/job.ts";
 import { depthsOf } from "../../../schemas/mtp.ts";
 import { parameterCount, routedCount } from "../../analysis/parameterCount.ts";
-import { quick } from "../../rules/quick.ts";
+import { jobRules } from "../../rules/jobRules.ts";
 import { layoutText } from "../layoutText.ts";
 
 /** What a job runs on. */
@@ -46,7 +46,7 @@ export function chooseMesh(draft: JobDraft, cluster: ClusterChoice, batch: numbe
     const choice = withBatch(start.model, mesh, cluster, batch);
     const job = choice && jobWith(start, choice, cluster);
     if (!job || !fits(job)) continue;
-    const broken = quick.flatMap((rule) => ([...rule.check(job)].length > 0 ? [rule.level] : []));
+    const broken = jobRules.flatMap((rule) => ([...rule.check(job)].length > 0 ? [rule.level] : []));
     if (broken.length === 0) return choice;
     if (!broken.includes("error")) warned ??= choice;
   }

@@ -7,7 +7,7 @@ import { cpu, loadDeviceTargets, loadTarget } from "../../src/codegen/targets.ts
 import { compile } from "../../src/compile.ts";
 import { readJobWith } from "../../src/frontend/readJob.ts";
 import { readJob } from "../../src/frontend/readJobNow.ts";
-import { memoryOfStages } from "../../src/peak.ts";
+import { memoryOfStages } from "../../src/peakMemory.ts";
 import { bytesText } from "../../src/units.ts";
 import { jobOf } from "../support/job.ts";
 import { byTier, full } from "../support/tiers.ts";

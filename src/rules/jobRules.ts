@@ -3,6 +3,7 @@ import { balance } from "./balance.ts";
 import { batch } from "./batch.ts";
 import { cluster } from "./cluster.ts";
 import { data } from "./data.ts";
+import { dropout } from "./dropout.ts";
 import { efficiency } from "./efficiency.ts";
 import { mesh } from "./mesh.ts";
 import { model } from "./model.ts";
@@ -11,14 +12,13 @@ import { mtp } from "./mtp.ts";
 import { overlap } from "./overlap.ts";
 import { precision } from "./precision.ts";
 import { rampup } from "./rampup.ts";
-import { random } from "./random.ts";
 import { recompute } from "./recompute.ts";
 import { router } from "./router.ts";
 import type { Rule } from "./rule.ts";
 import { trainingSchedule } from "./trainingSchedule.ts";
 
 /** Rules without compiled programs; they are applied again to every candidate change. */
-export const quick: readonly Rule[] = [
+export const jobRules: readonly Rule[] = [
   ...mesh,
   ...overlap,
   ...batch,
@@ -28,7 +28,7 @@ export const quick: readonly Rule[] = [
   ...rampup,
   ...recompute,
   ...model,
-  ...random,
+  ...dropout,
   ...mtp,
   ...moe,
   ...router,

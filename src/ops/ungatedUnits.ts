@@ -43,7 +43,7 @@ function plainUnit(name: PlainActivation) {
 }
 
 /** The activations of `model.activation` without a gate. */
-export const plainUnits = {
+export const ungatedUnits = {
   gelu: plainUnit("gelu"),
   gelu_tanh: plainUnit("gelu_tanh"),
   squared_relu: plainUnit("squared_relu"),

@@ -1,6 +1,6 @@
 /** Matrix products with weights, per token or per row of an expert; additions and casts. Products accumulate into their output. */
 import { add as plus } from "./formula.ts";
-import { gemm as product, runs } from "./loops.ts";
+import { gemm as product, runs } from "./matrixProduct.ts";
 import { declared, formulaOp, type Grads, op } from "./op.ts";
 
 /** y = x·w. */

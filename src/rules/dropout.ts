@@ -3,7 +3,7 @@ import type { Job } from "../../schemas/job.ts";
 import { isShare, rule } from "./rule.ts";
 
 /** Rules of dropout and jitter. */
-export const random = [
+export const dropout = [
   rule({
     code: "M350",
     title: "a dropout is not a probability below 1",
