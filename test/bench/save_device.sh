@@ -3,7 +3,7 @@
 #
 #   bash test/bench/save_device.sh [JOB] [FOLDER] [SAVE_EVERY]
 #
-# JOB: a job of one rank (default: test/bench/jobs/llama-1.1b.yaml). FOLDER: room for three checkpoints (default: /tmp/rankc-save); the logs
+# JOB: a job of one rank (default: test/bench/llama-1.1b.yaml). FOLDER: room for three checkpoints (default: /tmp/rankc-save); the logs
 # stay there. SAVE_EVERY: steps between two saves, which take longer than a save (default: 150); the run has twice as many.
 # RANKC: the command (default: NODE dist/cli/rankc.cjs, with NODE from the environment or `node`). Needs python3, and root to drop caches.
 # FILL=1: another process holds the memory of the GPU that the steps leave free, so that saves have no staging area (needs torch).
@@ -21,7 +21,7 @@
 #   peak host memory             620 MB beside 512 MiB of page-locked blocks of saves; 128 MiB of them in a resumed run
 #   FILL=1: stalls               memory 8 to 11 s (page-locking 13.2 GB at 1.2 to 1.7 GB/s, less what 149 steps prepared), copy 0.27 s
 set -euo pipefail
-job=${1:-test/bench/jobs/llama-1.1b.yaml} at=${2:-/tmp/rankc-save} every=${3:-150}
+job=${1:-test/bench/llama-1.1b.yaml} at=${2:-/tmp/rankc-save} every=${3:-150}
 rankc=${RANKC:-${NODE:-node} dist/cli/rankc.cjs}
 mkdir -p "$at"; rm -rf "$at"/{checkpoints,model,plan,metrics.jsonl,resume-*.jsonl,figures}
 cp "$job" "$at/job.yaml"
