@@ -172,6 +172,8 @@ export interface LocalRanks {
    * an effect.
    */
   beginStep?(microbatches: number, kind?: StepKind): boolean;
+  /** Returns the bytes in use on the device of the first rank, by all programs. Absent: the device does not say it. */
+  memoryInUse?(): number;
   /** Returns the instruction times of the last step, if opened with `profile`. */
   profile?(): Promise<readonly Timing[]> | readonly Timing[];
   /** Submits all issued work and waits for it. Throws errors of that work. */

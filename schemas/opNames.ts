@@ -112,6 +112,7 @@ export const opNames = [
   "rmsnorm_sum_triple",
   "rope",
   "rope_documents",
+  "router_entropy",
   "row_max",
   "running_mean",
   "sgd",

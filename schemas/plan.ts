@@ -249,8 +249,10 @@ export type BlockRun = z.infer<typeof BlockRun>;
 
 /** The meaning of a scalar or a table that is read after a step. */
 export const MetricName = z
-  .enum(["loss", "mtp_loss", "aux_loss", "z_loss", "dropped_rows", "expert_loads", "grad_norm"])
-  .describe("scalars, except expert_loads [layers with experts, experts]: how many tokens chose each expert");
+  .enum(["loss", "mtp_loss", "aux_loss", "z_loss", "dropped_rows", "expert_loads", "router_entropy", "grad_norm", "parameter_squares"])
+  .describe(
+    "scalars, except expert_loads [layers with experts, experts]: how many tokens chose each expert. parameter_squares: the sum of the squares of all weights",
+  );
 /** A value of the schema `MetricName`. */
 export type MetricName = z.infer<typeof MetricName>;
 
@@ -292,6 +294,10 @@ export const Program = z.strictObject({
   metrics: z
     .partialRecord(MetricName, z.array(id))
     .describe("the buffers that are read after the step block; those of one metric are added up"),
+  mtp_losses: z
+    .array(z.array(id))
+    .optional()
+    .describe("with several depths of multi-token prediction: per depth, the buffers of the metric mtp_loss that belong to it"),
   buffers: z.array(Buffer),
   step: z.array(Instruction),
   evaluation: Evaluation.optional().describe("with train.evaluation: blocks that run between steps, in the order of the forward blocks"),

@@ -11,6 +11,8 @@ export interface StepResult {
   readonly labels?: number;
   /** The loss of multi-token prediction, mean over the depths. The training loss includes model.mtp.coeff times it. */
   readonly mtp_loss?: number;
+  /** The loss of each depth, if there are several. */
+  readonly mtp_losses?: readonly number[];
   /** The sum of balancing and z losses; 0 if there are none. */
   readonly aux_loss: number;
   /** The z loss within aux_loss. */
@@ -23,13 +25,19 @@ export interface StepResult {
   readonly expert_bias?: readonly [number, number];
   /** Rows dropped because of the capacity, summed over layers. */
   readonly dropped_rows?: number;
+  /** With train.metrics: the mean entropy of the routers' scores, in nats. */
+  readonly router_entropy?: number;
   /** Before clipping. */
   readonly grad_norm: number;
+  /** With train.metrics: the norm of all weights after the step. */
+  readonly parameter_norm?: number;
   readonly lr: number;
   readonly tokens: number;
   readonly seconds: number;
   /** An upper bound of the time that the devices of this process waited for the batch of the step. On the CPU all reading is waiting. */
   readonly data_wait_seconds: number;
+  /** Memory in use on the device of the first local rank, by all programs; only of a detailed step, and where the device says it. */
+  readonly memory_bytes?: number;
   /** In fp16: the loss scale of the step. */
   readonly loss_scale?: number;
   /** In fp16 and with train.on_nonfinite skip: whether the step was skipped because of an overflow or a non-finite metric. */

@@ -102,6 +102,10 @@ export async function openCuda(plan: Plan, settings: CudaSettings): Promise<Cuda
       broken = false;
       bounds.expectWithin(rank);
     },
+    memoryInUse() {
+      const { free, total } = context.memory();
+      return total - free;
+    },
     idle: () => steps.idle(),
     profile: () => streams.timed().map((t) => ({ rank, ...t })),
     underWay: () => streams.underWay(),

@@ -61,8 +61,13 @@ export function feedOf(
 }
 
 /** Returns the number of labels of a batch, and the factors of its printed losses (tokenWeights.ts). */
-export function learntOf(job: Job, batch: Batch): { readonly labels: number; readonly loss: number; readonly mtp: number } {
+export function learntOf(job: Job, batch: Batch) {
   const weighting = weightingOf(job);
   const ahead = Array.from({ length: depthsOf(job.model) }, (_, k) => batch[`labels_${k + 1}`] as Int32Array);
-  return { labels: countOf(batch.labels), loss: meanOverLearnt([batch.labels], weighting), mtp: meanOverLearnt(ahead, weighting) };
+  return {
+    labels: countOf(batch.labels),
+    loss: meanOverLearnt([batch.labels], weighting),
+    mtp: meanOverLearnt(ahead, weighting),
+    depths: ahead.map((labels) => meanOverLearnt([labels], weighting)),
+  };
 }

@@ -174,6 +174,7 @@ class TrainingLoop {
     await finished;
     // a device that still computes when the batch is there has not waited; otherwise it may have, for as long as the reading took
     this.#dataWait = performance.now() - read > BUSY ? 0 : read - from;
+    const memory = detailed ? this.#localRanks.memoryInUse?.() : undefined;
     const numbers = await readNumbers(this.#plan, this.#localRanks, this.#programs.buffer, detailed);
     const fp16 = train.precision === "fp16";
     const found = nonfiniteIn(numbers);
@@ -190,12 +191,19 @@ class TrainingLoop {
     if (train.on_nonfinite === "stop" && this.#schedule.hopeless() >= MOST_OVERFLOWS) throw stopAtScale(step, lossScale);
     return {
       step,
-      ...reported(numbers, { upscale, aux: given.aux_weight?.[0] ?? 1, loss: learnt?.loss ?? 1, mtp: learnt?.mtp ?? 1 }),
+      ...reported(numbers, {
+        upscale,
+        aux: given.aux_weight?.[0] ?? 1,
+        loss: learnt?.loss ?? 1,
+        mtp: learnt?.mtp ?? 1,
+        depths: learnt?.depths,
+      }),
       ...(learnt && { labels: learnt.labels }),
       lr,
       tokens: parameters.batch * model.seq,
       seconds: this.#seconds,
       data_wait_seconds: waited / 1000,
+      ...(memory !== undefined && { memory_bytes: memory }),
       ...(fp16 && { loss_scale: lossScale }),
       ...((fp16 || train.on_nonfinite === "skip") && { skipped: outcome !== "updated" }),
       ...(nonfinite && { nonfinite: nonfiniteText(nonfinite) }),

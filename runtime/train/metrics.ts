@@ -11,9 +11,14 @@ export interface StepNumbers {
   readonly aux_loss?: number;
   readonly z_loss?: number;
   readonly mtp_loss?: number;
+  /** The parts of mtp_loss of each depth, if there are several. */
+  readonly mtp_losses?: readonly number[];
   /** Rows dropped because of a capacity, summed over layers. */
   readonly dropped_rows?: number;
+  readonly router_entropy?: number;
   readonly grad_norm: number;
+  /** The norm of all weights after the step. */
+  readonly parameter_norm?: number;
   /** Tokens of the busiest expert over the mean of its layer; the maximum over layers. */
   readonly expert_load?: number;
   /** Of a detailed step: tokens of each expert by layer; the range of expert biases. */
@@ -21,13 +26,17 @@ export interface StepNumbers {
   readonly expert_bias?: readonly [number, number];
 }
 
-const summed = ["loss", "aux_loss", "z_loss", "mtp_loss", "dropped_rows"] as const;
+const summed = ["loss", "aux_loss", "z_loss", "mtp_loss", "dropped_rows", "router_entropy"] as const;
 
 /** The numbers of one stage. Stages are combined by sums, so a number that is not summed has a place of its own for each stage. */
 interface StageNumbers {
   norm: number;
+  /** The sum of the squares of all weights; of the first stage only, because all stages have the same. */
+  squares: number;
   readonly sums: Map<MetricName, number>;
   largestLoad: number;
+  /** Losses by depth; 0 where another stage has them. */
+  depths: readonly number[];
   /** [layers with experts, experts], the rows of other stages are 0. */
   expertTable: readonly number[];
   bias: readonly [number, number];
@@ -44,8 +53,9 @@ export async function readNumbers(
   detailed = false,
 ): Promise<StepNumbers> {
   const [layers = 0, experts = 1] = programs.flatMap(({ metrics, buffers }) => sizesOf(metrics.expert_loads, buffers))[0] ?? [];
-  const all = programs.map(emptyStage);
-  for (const { stage, metrics, parameters } of programs) {
+  const depths = Math.max(0, ...programs.map(({ mtp_losses = [] }) => mtp_losses.length));
+  const all = programs.map(() => emptyStage(depths));
+  for (const { stage, metrics, mtp_losses = [], parameters } of programs) {
     const rank = rankAt(mesh, stage, 0);
     const own = all[stage];
     if (!own || !ranks.includes(rank)) continue;
@@ -53,8 +63,10 @@ export async function readNumbers(
       Promise.all(ids.map((id) => rankDevice(rank).read(bufferOf(rank, id), 0)));
     const read = (name: MetricName): Promise<HostData[]> => readAll(metrics[name] ?? []);
     for (const name of summed) for (const [value = 0] of await read(name)) own.sums.set(name, (own.sums.get(name) ?? 0) + value);
-    // the gradient norm is equal on all ranks
+    own.depths = await Promise.all(own.depths.map(async (_, k) => total((await readAll(mtp_losses[k] ?? [])).map(([value = 0]) => value))));
+    // the norms are equal on all ranks
     if (stage === 0) for (const [value = 0] of await read("grad_norm")) own.norm = value;
+    if (stage === 0) for (const [value = 0] of await read("parameter_squares")) own.squares = value;
     if (metrics.expert_loads === undefined) continue;
     own.expertTable = addUp(await read("expert_loads"), layers * experts);
     own.largestLoad = largestLoad(own.expertTable, experts);
@@ -70,21 +82,26 @@ export async function readNumbers(
       )
     : [];
   const flat = await combine([
-    all.reduce((sum, { norm }) => sum + norm, 0),
-    ...summed.map((name) => all.reduce((sum, { sums }) => sum + (sums.get(name) ?? 0), 0)),
+    total(all.map(({ norm }) => norm)),
+    total(all.map(({ squares }) => squares)),
+    ...summed.map((name) => total(all.map(({ sums }) => sums.get(name) ?? 0))),
+    ...Array.from({ length: depths }, (_, k) => total(all.map((own) => own.depths[k] ?? 0))),
     ...all.map((s) => s.largestLoad),
     ...biased.flatMap(({ stage }) => all[stage]?.bias ?? []),
     ...table,
   ]);
-  const [grad_norm = 0, loss = 0] = flat;
-  const afterSums = 1 + summed.length;
+  const [grad_norm = 0, squares = 0, loss = 0] = flat;
+  const afterDepths = 2 + summed.length;
+  const afterSums = afterDepths + depths;
   const afterLoads = afterSums + all.length;
   const biases = flat.slice(afterLoads, afterLoads + 2 * biased.length);
   const expertTable = flat.slice(afterLoads + biases.length);
   const has = (name: MetricName): boolean => programs.some(({ metrics }) => metrics[name] !== undefined);
   return {
-    ...Object.fromEntries(summed.flatMap((name, i) => (has(name) ? [[name, flat[1 + i] ?? 0]] : []))),
+    ...Object.fromEntries(summed.flatMap((name, i) => (has(name) ? [[name, flat[2 + i] ?? 0]] : []))),
     ...{ loss, grad_norm },
+    ...(has("parameter_squares") && { parameter_norm: Math.sqrt(squares) }),
+    ...(depths > 0 && { mtp_losses: flat.slice(afterDepths, afterSums) }),
     ...(has("expert_loads") && { expert_load: Math.max(...flat.slice(afterSums, afterLoads)) }),
     ...(detailed &&
       has("expert_loads") && { expert_loads: Array.from({ length: layers }, (_, l) => expertTable.slice(l * experts, (l + 1) * experts)) }),
@@ -92,7 +109,11 @@ export async function readNumbers(
   };
 }
 
-const emptyStage = (): StageNumbers => ({ norm: 0, sums: new Map(), largestLoad: 0, expertTable: [], bias: [0, 0] });
+const emptyStage = (depths: number): StageNumbers => ({
+  ...{ norm: 0, squares: 0, sums: new Map(), largestLoad: 0, expertTable: [], bias: [0, 0] },
+  depths: new Array<number>(depths).fill(0),
+});
+const total = (values: readonly number[]): number => values.reduce((a, b) => a + b, 0);
 
 /** Returns the global sizes of the first of some buffers. */
 const sizesOf = (ids: readonly string[] = [], buffers: readonly Buffer[]): (readonly number[])[] =>
@@ -113,17 +134,28 @@ function largestLoad(table: readonly number[], experts: number): number {
   return largest;
 }
 
-/** Returns the metrics to report. `upscale`: global_batch / batch; `aux`: the weight of balancing and z losses; `loss`, `mtp`: factors of `meanOverLearnt`. */
-export function reported(
-  { loss, mtp_loss, aux_loss = 0, z_loss, ...counts }: StepNumbers,
-  by: { readonly upscale: number; readonly aux: number; readonly loss: number; readonly mtp: number },
-) {
+/** Factors of the metrics to report. */
+interface ReportFactors {
+  /** global_batch / batch. */
+  readonly upscale: number;
+  /** The weight of balancing and z losses. */
+  readonly aux: number;
+  /** Factors of `meanOverLearnt`: of the loss, of all depths together, and of each depth. */
+  readonly loss: number;
+  readonly mtp: number;
+  readonly depths?: readonly number[] | undefined;
+}
+/** Returns the metrics to report. */
+export function reported({ loss, mtp_loss, mtp_losses, aux_loss = 0, z_loss, router_entropy, ...counts }: StepNumbers, by: ReportFactors) {
   const added = by.upscale * by.aux;
   return {
     loss: loss * by.upscale * by.loss,
     ...(mtp_loss !== undefined && { mtp_loss: mtp_loss * by.upscale * by.mtp }),
+    // mtp_loss is the mean over depths, so each part is a share of it
+    ...(mtp_losses && { mtp_losses: mtp_losses.map((part, k) => part * mtp_losses.length * by.upscale * (by.depths?.[k] ?? 1)) }),
     aux_loss: (aux_loss + (z_loss ?? 0)) * added,
     ...(z_loss !== undefined && { z_loss: z_loss * added }),
+    ...(router_entropy !== undefined && { router_entropy: router_entropy * by.upscale }),
     ...counts,
   };
 }

@@ -54,6 +54,21 @@ const Evaluation = z.strictObject({
   at_end: z.boolean().default(true).describe("evaluates on the validation and the test data after the last step"),
 });
 
+const Metrics = z.strictObject({
+  parameter_norm: z
+    .boolean()
+    .default(false)
+    .describe(
+      "the L2 norm of the f32 weights after each step, as log-params-norm of Megatron-LM: each rank reads the 4 bytes of each weight that it updates once more",
+    ),
+  router_entropy: z
+    .boolean()
+    .default(false)
+    .describe(
+      "mean over tokens and layers of the entropy of the scores of experts in nats, from 0 to ln experts; in each layer a read of the scores, 4 bytes for each token and expert",
+    ),
+});
+
 /** train as written. */
 const InitText = z.strictObject({
   std: factor.optional().describe("standard deviation; default 0.02"),
@@ -113,6 +128,9 @@ export const TrainText = z.strictObject({
     .describe(
       "loss and perplexity on validation and test data (data.split, or data.validation and data.test): a forward pass without dropout, jitter and balancing. It changes no number of the training; null = none",
     ),
+  metrics: Metrics.optional().describe(
+    "numbers that each step computes on the device for the log, beside those that it needs anyway; absent = none of them",
+  ),
   recompute: Recompute.prefault({}).describe("what backward recomputes to save memory"),
   seed: z.int().min(0).default(1234).describe("seed of initial weights, shuffling, dropout and jitter"),
   init: InitText.prefault({}).describe("the normal distribution of the initial weights"),

@@ -49,10 +49,10 @@ export function metricsLine(
   startup_seconds?: StartupSeconds,
 ): string {
   const { step, loss, mtp_loss, z_loss, grad_norm, expert_load, dropped_rows, lr, tokens, labels, seconds, data_wait_seconds } = report;
-  const { loss_scale, skipped } = report;
-  const losses = { loss, mtp_loss, aux_loss: addedBy(report), z_loss, grad_norm };
+  const { loss_scale, skipped, mtp_losses, parameter_norm, router_entropy } = report;
+  const losses = { loss, mtp_loss, mtp_losses, aux_loss: addedBy(report), z_loss, grad_norm, parameter_norm };
   const times = { seconds, data_wait_seconds, save_stall_seconds, save_stall_parts, save_seconds, save_pinned_bytes };
-  return `${JSON.stringify({ step, ...losses, expert_load, dropped_rows, lr, tokens, labels, ...times, loss_scale, skipped, startup_seconds })}\n`;
+  return `${JSON.stringify({ step, ...losses, expert_load, dropped_rows, router_entropy, lr, tokens, labels, ...times, loss_scale, skipped, startup_seconds })}\n`;
 }
 
 /** Formats seconds as `4.2 s`, `12 min`, `3 h 5 min` or `4 days`. */

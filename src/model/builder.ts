@@ -12,19 +12,22 @@ import { inputName } from "../../schemas/program.ts";
 import { dropout, siteOf } from "../ops/dropout.ts";
 import { type Attrs, declared, invariant, type Leaf, type LeafValue, type Value } from "../ops/op.ts";
 
-/** Counts of a step. They are reduced and reported like losses, but have no gradient. */
-export type Count = "expert_loads" | "dropped_rows";
+/** Counts of a step, and the entropy of its routers. They are reduced and reported like losses, but have no gradient. */
+export type Count = "expert_loads" | "dropped_rows" | "router_entropy";
 /** Returns whether the name of a loss is a count. */
-export const isCount = (name: string): name is Count => name === "expert_loads" || name === "dropped_rows";
+export const isCount = (name: string): name is Count => name === "expert_loads" || name === "dropped_rows" || name === "router_entropy";
 
 /** A scalar (or the table of expert loads) that a step reduces and reports. */
 export interface Loss {
   /**
    * `loss` is the cross-entropy of the next token, `mtp_loss` that of further tokens, `aux_loss` the balancing loss, `z_loss` the loss
-   * on router logits. `evaluation` is the cross-entropy by source. `expert_loads` counts tokens by layer and expert, `dropped_rows` rows beyond a capacity. Equal names are summed.
+   * on router logits. `evaluation` is the cross-entropy by source. `expert_loads` counts tokens by layer and expert, `dropped_rows` rows beyond a capacity;
+   * `router_entropy` is a mean over tokens and layers. Equal names are summed.
    */
   readonly name: "loss" | "mtp_loss" | "aux_loss" | "z_loss" | "evaluation" | Count;
   readonly value: Value;
+  /** The depth of multi-token prediction, from 1. Each depth has a sum of its own. */
+  readonly depth?: number;
   /** The input that holds the weight of the loss; 1 if absent. */
   readonly weight?: InputSource;
 }

@@ -31,7 +31,8 @@ export function buildModel(job: Job): ModelGraph {
   // deepest first: then the head's addend of a shared gradient precedes that of the next depth on every pipeline layout
   for (const [i, h] of [...further.entries()].reverse()) {
     const at = { prefix: depthPart(i), depth: i + 1 };
-    losses.push({ name: "mtp_loss", value: crossEntropy(last, logitsOf(h, `${at.prefix}logits`), at), weight: "mtp_coeff" });
+    const value = crossEntropy(last, logitsOf(h, `${at.prefix}logits`), at);
+    losses.push({ name: "mtp_loss", value, depth: at.depth, weight: "mtp_coeff" });
   }
   losses.push({ name: "loss", value: crossEntropy(last, logitsOf(y, "logits"), { prefix: "" }) });
   return graph;

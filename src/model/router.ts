@@ -18,7 +18,17 @@ import { drop, droppedRows, expertChoiceMask, uniformMask } from "../ops/capacit
 import { jitter } from "../ops/dropout.ts";
 import { addBias, gemm } from "../ops/gemm.ts";
 import { type Attrs, declared, type Value } from "../ops/op.ts";
-import { combineWeights, normalize, sigmoid, softmax, sqrtSoftplus, topKMask, topKMaskBiased, zLoss } from "../ops/router.ts";
+import {
+  combineWeights,
+  normalize,
+  routerEntropy,
+  sigmoid,
+  softmax,
+  sqrtSoftplus,
+  topKMask,
+  topKMaskBiased,
+  zLoss,
+} from "../ops/router.ts";
 import { type ModuleBuilder, orderOf } from "./builder.ts";
 
 /** The `model.moe` section of a job. */
@@ -57,6 +67,7 @@ export function route(module: ModuleBuilder, moe: Moe, logits: Value): Routing {
   if (chosen.bias && router.expert_bias) module.updateInputs.set(chosen.bias, expertLoad.of({ c: map }, {}, at("expert_load")));
   balance(module, moe, { logits, scores, map: chosen.map });
   addCounts(module, chosen.map, map);
+  addEntropy(module, scores);
   return { map, weights, rows };
 }
 const scoresOf = { softmax, sigmoid, sqrt_softplus: sqrtSoftplus };
@@ -174,6 +185,14 @@ function balance({ at, job, losses }: ModuleBuilder, { top_k: k, experts: E, rou
       ...weight,
       value: zLoss.of({ x: logits }, { c: router.z_coeff / (train.global_batch * S) }, at("moe.z_loss")),
     });
+}
+
+/** Adds the entropy of the scores, if the job asks for it: the mean over the tokens of a step and the layers with experts. */
+function addEntropy({ job, at, losses }: ModuleBuilder, scores: Value): void {
+  const { train, model } = job;
+  if (!train.metrics?.router_entropy) return;
+  const c = 1 / (train.global_batch * model.seq * expertLayersOf(model));
+  losses.push({ name: "router_entropy", value: routerEntropy.of({ p: scores }, { c }, at("moe.router_entropy")) });
 }
 
 /** Adds the counts of a step: tokens per expert, and the dropped rows if a capacity applies. */

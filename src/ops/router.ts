@@ -214,3 +214,15 @@ export const zLossGrad = formulaOp({
     return { dx: mul(2 * c, dy, log, exp(sub(x, log))) };
   },
 });
+
+/** c · Σ over tokens of the entropy of the scores as shares: log Σ p − Σ p·log p / Σ p, in nats. It has no gradient. */
+export const routerEntropy = formulaOp({
+  name: "router_entropy",
+  sig: "p[B,S,E!] -> y[]",
+  types: { y: "f32" },
+  attrs: ["c"],
+  formula({ p }, { c }) {
+    const sum = add(rowSum("sum", p), TINY);
+    return { y: total(sub(log(sum), div(rowSum("information", select(greater(p, 0), mul(p, log(p)), 0)), sum)), c) };
+  },
+});

@@ -44,7 +44,7 @@ export function lower(job: Job, mesh: Mesh, lowered: Lowered): Program[] {
     }
     const { forward: forwards, backward: backwards } = role.blocks;
     lowerMicrobatch(role, sharded.steps, new Set(graph.losses.map((l) => l.value)), (isBackward) => (isBackward ? backwards : forwards));
-    const { parameters, metrics } = optimizerStep(role, graph, sharded);
+    const { parameters, metrics, mtp_losses } = optimizerStep(role, graph, sharded);
     if (evaluation)
       lowerMicrobatch(role, evaluation.sharded.steps, new Set(evaluation.graph.losses.map((l) => l.value)), () => role.blocks.evaluation);
     const losses = evaluation && reduceEvaluation(role, evaluation.sharded);
@@ -65,6 +65,7 @@ export function lower(job: Job, mesh: Mesh, lowered: Lowered): Program[] {
       inputs: role.inputs,
       bounds: role.bounds,
       metrics,
+      ...(mtp_losses && { mtp_losses }),
       buffers: assignKinds(role.buffers, { chunks, step, inputs: role.inputs, ...(own && { evaluation: own }) }),
       step,
       ...(own && { evaluation: own }),

@@ -3,7 +3,7 @@
  * `shard` placed: each rank updates its shard of the f32 weights, and parameters are gathered. A parameter with a declared update rule
  * (expert bias) has token counts in place of a gradient, which the norm excludes.
  */
-import type { InputSource, Parameter, Program } from "../../schemas/plan.ts";
+import type { BufferKind, Collective, InputSource, Parameter, Program } from "../../schemas/plan.ts";
 import { shardCount } from "../../schemas/sharding.ts";
 import { isCount } from "../model/builder.ts";
 import { cast } from "../ops/gemm.ts";
@@ -24,14 +24,18 @@ export function optimizerStep(
   role: ProgramBuilder,
   graph: TrainingGraph,
   sharded: ShardedGraph,
-): { parameters: Parameter[]; metrics: Program["metrics"] } {
+): Pick<Program, "parameters" | "metrics" | "mtp_losses"> {
   const mine = graph.updates.filter(({ parameter }) => role.isMine(placementOf(sharded, parameter).stage));
   const { gradients, reducedLoss } = reduceDeferred(role, graph, sharded);
   const gradientOf = (p: Value): string => gradients.get(p) ?? `${idOf(p)}.grad`;
   shareTied(role, graph, gradientOf);
   const losses: Program["metrics"] = {};
-  for (const { name, buffer } of role.accumulators.values())
-    if (name !== "evaluation") (losses[name] ??= []).push(reducedLoss.get(buffer) ?? buffer);
+  const depths: string[][] = [];
+  for (const { name, depth = 1, buffer } of role.accumulators.values()) {
+    const reduced = reducedLoss.get(buffer) ?? buffer;
+    if (name !== "evaluation") (losses[name] ??= []).push(reduced);
+    if (name === "mtp_loss") (depths[depth - 1] ??= []).push(reduced);
+  }
 
   const squared = squaredNorm(role, mine, gradientOf, losses);
   const { job, blocks, scalar, emit, elementwise } = role;
@@ -52,7 +56,8 @@ export function optimizerStep(
   }
   returnTied(role, graph);
   const parameters = mine.map((u) => parameterOf(u, gradientOf(u.parameter), buffers.weights(u)));
-  return { parameters, metrics: { grad_norm: [norm], ...losses } };
+  const squares = job.train.metrics?.parameter_norm ? { parameter_squares: [parameterSquares(role, mine, buffers)] } : {};
+  return { parameters, metrics: { grad_norm: [norm], ...losses, ...squares }, ...(depths.length > 1 && { mtp_losses: depths }) };
 }
 
 function placementOf({ placement }: ShardedGraph, v: Value) {
@@ -118,24 +123,48 @@ function rounded(role: ProgramBuilder, block: BlockBuilder, gradient: string): s
  * Returns the buffer of the sum.
  */
 function squaredNorm(
-  { mesh, blocks, emit, elementwise, scalar, buffers }: ProgramBuilder,
+  role: ProgramBuilder,
   mine: readonly ParameterUpdate[],
   gradientOf: (p: Value) => string,
   losses: Program["metrics"],
 ): string {
+  const { blocks, emit, elementwise, scalar } = role;
   const own = scalar("grad_norm.squared", "gradient");
   for (const { parameter: p, weights } of mine) {
     if (p.leaf?.tiedTo || weights === p) continue;
-    const g = gradientOf(p);
-    const scale = shardCount(mesh, buffers.get(g).shardedBy.flat()) / mesh.per_stage;
-    emit(blocks.step, elementwise(optimizer.sumSquares, `${idOf(p)}.grad.squared`, { g }, { y: own }, { scale }));
+    addSquares(role, `${idOf(p)}.grad.squared`, gradientOf(p), own);
   }
   // a loss that is not finite skips the step too; the mark is part of the sum that all ranks reduce, so all ranks agree
   for (const [name, ids] of Object.entries(losses))
     for (const x of isCount(name) ? [] : ids)
       emit(blocks.step, elementwise(optimizer.markNonfinite, `${name}.mark_nonfinite`, { x }, { y: own }));
+  return sumOverWorld(role, own, "workspace", {
+    ...{ op: "clip", because: "the norm is of the gradient of the whole model", path: "train.optimizer.clip" },
+  });
+}
+
+/** Emits the sum of the squares of all updated weights. Returns the buffer of the sum, which is equal on all ranks. */
+function parameterSquares(role: ProgramBuilder, mine: readonly ParameterUpdate[], buffers: UpdateBuffers): string {
+  const own = role.scalar("parameter_squares", "gradient");
+  for (const update of mine) {
+    const { parameter: p, weights } = update;
+    if (!p.leaf?.tiedTo && weights !== p) addSquares(role, `${idOf(p)}.squared`, buffers.weights(update), own);
+  }
+  return sumOverWorld(role, own, "gradient", {
+    ...{ op: "sum_squares", because: "the norm is of the weights of the whole model", path: "train.metrics.parameter_norm" },
+  });
+}
+
+/** Emits the addition of the squares of a buffer to a sum that counts every element once over all ranks. */
+function addSquares({ mesh, blocks, buffers, emit, elementwise }: ProgramBuilder, id: string, g: string, y: string): void {
+  const scale = shardCount(mesh, buffers.get(g).shardedBy.flat()) / mesh.per_stage;
+  emit(blocks.step, elementwise(optimizer.sumSquares, id, { g }, { y }, { scale }));
+}
+
+/** Emits the sum of a scalar over all ranks. Returns its buffer. */
+function sumOverWorld({ mesh, blocks, emit, scalar }: ProgramBuilder, own: string, kind: BufferKind, why: Collective["why"]): string {
   if (mesh.world === 1) return own;
-  const total = scalar("grad_norm.squared.total", "workspace");
+  const total = scalar(`${own}.total`, kind);
   emit(blocks.step, {
     kind: "reshard",
     id: `${total}.all_reduce`,
@@ -146,8 +175,7 @@ function squaredNorm(
     world: true,
     from: own,
     to: total,
-    blockAxes: [],
-    why: { op: "clip", because: "the norm is of the gradient of the whole model", path: "train.optimizer.clip" },
+    ...{ blockAxes: [], why },
   });
   return total;
 }

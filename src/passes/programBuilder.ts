@@ -44,8 +44,7 @@ interface Ends {
   readonly from: number;
   readonly to: number;
 }
-interface Accumulator {
-  readonly name: Loss["name"];
+interface Accumulator extends Pick<Loss, "name" | "depth"> {
   readonly buffer: string;
 }
 
@@ -68,9 +67,9 @@ export class ProgramBuilder {
   readonly inputs: Program["inputs"] = [];
   /** Per check, the buffer to which an instruction writes the number of rows that it needed, and the capacity. */
   readonly bounds: Program["bounds"] = [];
-  /** Accumulators of losses, by name and layout. Losses with equal names and layouts share one. */
+  /** Accumulators of losses, by name, depth and layout. Losses that are equal in these share one. */
   readonly accumulators = new Map<string, Accumulator>();
-  readonly #losses: ReadonlyMap<Value, Loss["name"]>;
+  readonly #losses: ReadonlyMap<Value, Loss>;
   /** How many messages of one name this stage may have in flight. */
   readonly #inFlight: number;
   readonly #idCounts = new Map<string, number>();
@@ -85,7 +84,7 @@ export class ProgramBuilder {
   ) {
     this.placement = evaluation ? new Map([...placement, ...evaluation.sharded.placement]) : placement;
     this.pipeline = pipeline;
-    this.#losses = new Map([...graph.losses, ...(evaluation?.graph.losses ?? [])].map((l) => [l.value, l.name]));
+    this.#losses = new Map([...graph.losses, ...(evaluation?.graph.losses ?? [])].map((l) => [l.value, l]));
     this.#inFlight = order[stage]?.inFlight ?? 1;
     const emptyBlock = (kind: BlockBuilder["kind"], chunk = 0): BlockBuilder => ({ kind, chunk, list: [] });
     const each = (kind: BlockBuilder["kind"]) => Array.from({ length: pipeline.chunks }, (_, chunk) => emptyBlock(kind, chunk));
@@ -163,15 +162,17 @@ export class ProgramBuilder {
 
   /** Returns the id of the accumulator of a loss; undefined for any other value. */
   lossBuffer(value: Value): string | undefined {
-    const name = this.#losses.get(value);
-    if (name === undefined) return undefined;
+    const loss = this.#losses.get(value);
+    if (loss === undefined) return undefined;
+    const { name, depth = 1 } = loss;
     const shardedValue = { value, layout: this.#placementOf(value) };
-    const key = `${name}|${layoutKey(shardedValue)}`;
+    const base = depth > 1 ? `${name}_${depth}` : name;
+    const key = `${base}|${layoutKey(shardedValue)}`;
     const known = this.accumulators.get(key);
     if (known) return known.buffer;
-    const another = [...this.accumulators.values()].some((a) => a.name === name);
-    const buffer = another ? name + this.layoutText(shardedValue) : name;
-    this.accumulators.set(key, { name, buffer });
+    const another = [...this.accumulators.values()].some((a) => a.name === name && a.depth === depth);
+    const buffer = another ? base + this.layoutText(shardedValue) : base;
+    this.accumulators.set(key, { name, depth, buffer });
     return buffer;
   }
 

@@ -308,5 +308,7 @@ function verifyMetrics({ who, program, buffers }: Context): void {
       const dims = name === "expert_loads" ? 2 : 0;
       invariant(dimsOf(id) === dims, () => `${who}: the metric ${name} has ${dims} dims, and ${id} ${dimsOf(id)}`);
     }
+  for (const id of program.mtp_losses?.flat() ?? [])
+    invariant(program.metrics.mtp_loss?.includes(id) === true, () => `${who}: ${id} is a loss of a depth, and not part of mtp_loss`);
   for (const { needed } of program.bounds) invariant(dimsOf(needed) === 0, () => `${who}: ${needed} is not a scalar`);
 }

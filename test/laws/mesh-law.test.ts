@@ -65,13 +65,20 @@ const differing = (a: Float32Array, b: Float32Array): number => a.reduce((n, x, 
 function sameSoFar(got: Numbers, want: Numbers, reduction: Job["train"]["gradient_reduction"] = "f32"): number {
   const steps = Math.min(alike(got, want), reduction === "bf16" ? 1 : 2);
   const bound = tolerances[reduction];
-  for (const [i, { loss, mtp_loss, aux_loss, grad_norm }] of want.steps.slice(0, steps).entries()) {
+  for (const [i, { loss, mtp_loss, mtp_losses, aux_loss, grad_norm, parameter_norm, router_entropy }] of want.steps
+    .slice(0, steps)
+    .entries()) {
     const other = got.steps[i]!;
     expect(Math.abs(other.loss - loss), `loss of step ${i}`).toBeLessThan(1e-4 * Math.max(1, loss));
     expect(other.mtp_loss === undefined).toBe(mtp_loss === undefined);
     expect(Math.abs((other.mtp_loss ?? 0) - (mtp_loss ?? 0)), `loss of further tokens of step ${i}`).toBeLessThan(1e-4 * Math.max(1, loss));
     expect(Math.abs(other.aux_loss - aux_loss), `balancing loss of step ${i}`).toBeLessThan(1e-4 * Math.max(1, aux_loss));
     expect(Math.abs(other.grad_norm / grad_norm - 1), `norm of step ${i}`).toBeLessThan(bound);
+    expect(Math.abs(other.parameter_norm! / parameter_norm! - 1), `norm of the weights after step ${i}`).toBeLessThan(bound / 10);
+    expect(other.router_entropy === undefined).toBe(router_entropy === undefined);
+    expect(Math.abs((other.router_entropy ?? 0) - (router_entropy ?? 0)), `router entropy of step ${i}`).toBeLessThan(1e-4);
+    for (const [k, depth] of mtp_losses?.entries() ?? [])
+      expect(Math.abs(other.mtp_losses![k]! - depth), `loss of depth ${k + 1} of step ${i}`).toBeLessThan(1e-4 * Math.max(1, loss));
   }
   const tensors = ({ gradients, learnt }: Numbers) => new Map([...(steps > 0 ? gradients : []), ...(steps > 1 ? learnt : [])]);
   const [ours, theirs] = [tensors(got), tensors(want)];
@@ -107,6 +114,7 @@ const text = (model: object, parallel: Parallel, train: object = {}, data: objec
   parallel,
   train: {
     ...{ micro_batch: 1, global_batch: SEQUENCES, steps: 2, precision: "fp32", init: { std: 0.2 } },
+    metrics: { parameter_norm: true, router_entropy: true },
     optimizer: adamw,
     ...train,
   },

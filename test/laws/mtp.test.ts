@@ -74,6 +74,7 @@ describe("by plain loops", () => {
     expect(metrics.loss).toBeCloseTo(loss, 5);
     expect(depths.length).toBe(2);
     expect(metrics.mtp_loss).toBeCloseTo((depths[0]! + depths[1]!) / 2, 5);
+    expect(metrics.mtp_losses).toEqual(depths.map((loss) => expect.closeTo(loss, 5)));
   });
 });
 

@@ -7,7 +7,7 @@ import { fixture, jobOf } from "../support/job.ts";
 
 const E = 4;
 const router = { aux_coeff: 0.1, z_coeff: 0.01 };
-const jobWith = (moe: object | null, parallel: object = {}, model: object = {}) =>
+const jobWith = (moe: object | null, parallel: object = {}, model: object = {}, train: object = {}) =>
   jobOf({
     name: "metrics",
     model: {
@@ -21,7 +21,7 @@ const jobWith = (moe: object | null, parallel: object = {}, model: object = {}) 
       moe: moe && { experts: E, top_k: 2, ffn: 8, router, ...moe },
     },
     parallel,
-    train: { micro_batch: 1, global_batch: 4, steps: 2, precision: "fp32", init: { std: 0.3 }, optimizer: { lr: 1e-2 } },
+    train: { micro_batch: 1, global_batch: 4, steps: 2, precision: "fp32", init: { std: 0.3 }, optimizer: { lr: 1e-2 }, ...train },
     data: { path: "corpus.txt", order: "shuffled" },
   });
 
@@ -56,16 +56,41 @@ test("expert load and dropped rows are those of the choices, the z loss is a par
   expect(without).not.toHaveProperty("z_loss");
 });
 
+const all = { metrics: { parameter_norm: true, router_entropy: true } };
+test("the norm of the weights and the entropy of routers are those of their values", async () => {
+  for (const router of [{}, { score: "sigmoid" }]) {
+    const ids = [0, 1].map((l) => `layers.${l}.moe.scores`);
+    const run = await openRun(compile(jobWith({ router }, {}, {}, all)).plan, { baseDir: fixture(""), watch: ids });
+    const step = await run.step();
+    const rows = (await Promise.all(ids.map((id) => run.watched(id))))
+      .flat()
+      .flatMap(({ data }) => Array.from({ length: data.length / E }, (_, t) => data.subarray(t * E, (t + 1) * E)));
+    const entropies = rows.map((row) => {
+      const sum = row.reduce((a, b) => a + b, 0);
+      return row.reduce((h, x) => h - (x / sum) * Math.log(x / sum), 0);
+    });
+    // two layers of 32 tokens
+    expect(entropies.length).toBe(64);
+    expect(step.router_entropy).toBeCloseTo(entropies.reduce((a, b) => a + b, 0) / 64, 5);
+    expect(step.router_entropy).toBeLessThan(Math.log(E));
+    const squares = [...(await run.parameters()).values()].flatMap(({ data }) => [...data]).reduce((sum, x) => sum + x * x, 0);
+    expect(step.parameter_norm! / Math.sqrt(squares)).toBeCloseTo(1, 6);
+    await run.close();
+  }
+});
+
 test("on any mesh they are one rank's", async () => {
-  const mtp = { mtp: { layers: 1 }, layers: 4 };
-  const { step: want } = await firstOf(jobWith({}, {}, mtp));
+  const mtp = { mtp: { layers: 2 }, layers: 4 };
+  const { step: want } = await firstOf(jobWith({}, {}, mtp, all));
+  expect(want.mtp_loss).toBeCloseTo((want.mtp_losses![0]! + want.mtp_losses![1]!) / 2, 6);
   for (const parallel of [
     { world: 2, pipeline: 2 },
     { world: 8, pipeline: 2, tensor: 2, sequence: true, expert: 4 },
     { world: 4, context: 2, expert: 2, pipeline: 2, virtual_pipeline: 2 },
   ]) {
-    const { step } = await firstOf(jobWith({}, parallel, mtp));
-    for (const name of ["aux_loss", "z_loss", "mtp_loss", "expert_load"] as const)
+    const { step } = await firstOf(jobWith({}, parallel, mtp, all));
+    expect(step.mtp_losses).toEqual(want.mtp_losses!.map((loss) => expect.closeTo(loss, 4)));
+    for (const name of ["aux_loss", "z_loss", "mtp_loss", "expert_load", "router_entropy", "parameter_norm"] as const)
       expect(step[name], `${name} on ${JSON.stringify(parallel)}`).toBeCloseTo(want[name]!, 4);
     expect(step).not.toHaveProperty("dropped_rows");
   }

@@ -124,7 +124,18 @@ export function rounded(x: Float32Array, dtype: Dtype): Float32Array {
 /** Outputs that the compiler may let add to what is there: gradients of parameters and what stands in their place, and losses. */
 const addsUp = (op: AnyOp): string[] =>
   op.outputs.filter((o) => /^d(w|gain|table|bias)$/.test(o.name) || sums.includes(op.name)).map((o) => o.name);
-const sums = ["mean", "weighted_sum", "source_losses", "dropped_rows", "aux_loss", "global_aux_loss", "z_loss", "expert_load", "quantile"];
+const sums = [
+  "mean",
+  "weighted_sum",
+  "source_losses",
+  "dropped_rows",
+  "aux_loss",
+  "global_aux_loss",
+  "z_loss",
+  "router_entropy",
+  "expert_load",
+  "quantile",
+];
 
 /** A case whose buffers and reference are not made yet: of large ops they take seconds. */
 interface Unmade {

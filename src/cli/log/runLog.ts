@@ -62,6 +62,7 @@ class FolderLog implements RunLog {
   readonly #plan: PlanNumbers;
   readonly #events: string;
   #steps: StepResult[] = [];
+  #largestMemory: number | undefined;
 
   constructor(settings: LogSettings, plan: PlanNumbers, events: string) {
     this.#settings = settings;
@@ -76,7 +77,9 @@ class FolderLog implements RunLog {
   add(result: StepResult, samples: number): void {
     this.#steps.push(result);
     if (!this.isDue(result.step)) return;
-    const scalars = stepScalars({ last: result, steps: this.#steps, samples }, this.#plan);
+    const { memory_bytes } = result;
+    if (memory_bytes !== undefined) this.#largestMemory = Math.max(memory_bytes, this.#largestMemory ?? 0);
+    const scalars = stepScalars({ last: result, steps: this.#steps, samples, largestMemory: this.#largestMemory }, this.#plan);
     this.#steps = [];
     const counted = result.expert_loads ?? [];
     const layers = counted.flatMap((counts, layer): LoggedValue[] => [

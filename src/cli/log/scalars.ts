@@ -39,6 +39,8 @@ export interface Interval {
   readonly steps: readonly StepResult[];
   /** Sequences read since the run began. */
   readonly samples: number;
+  /** The largest memory in use that a step of this process has read, in bytes. */
+  readonly largestMemory?: number | undefined;
 }
 
 const mean = (all: readonly number[]): number => all.reduce((a, b) => a + b, 0) / all.length;
@@ -49,7 +51,7 @@ function meanOf(steps: readonly StepResult[], of: (r: StepResult) => number | un
 }
 
 /** Returns the scalars of the steps since the last line: losses, times and speeds are means, others are those of the last step. */
-export function stepScalars({ last, steps, samples }: Interval, plan: PlanNumbers): Scalars {
+export function stepScalars({ last, steps, samples, largestMemory }: Interval, plan: PlanNumbers): Scalars {
   const seconds = mean(steps.map((r) => r.seconds));
   const tokens = mean(steps.map((r) => r.tokens));
   const perSecond = (plan.flops * tokens) / plan.seq / seconds / plan.ranks;
@@ -57,10 +59,12 @@ export function stepScalars({ last, steps, samples }: Interval, plan: PlanNumber
   return {
     "lm loss": meanOf(steps, (r) => r.loss),
     "mtp loss": meanOf(steps, (r) => r.mtp_loss),
+    ...Object.fromEntries((last.mtp_losses ?? []).map((_, k) => [`mtp loss/depth ${k + 1}`, meanOf(steps, (r) => r.mtp_losses?.[k])])),
     load_balancing_loss: isSparse ? meanOf(steps, (r) => r.aux_loss - (r.z_loss ?? 0)) : undefined,
     z_loss: meanOf(steps, (r) => r.z_loss),
     "learning-rate": last.lr,
     "grad-norm": last.grad_norm,
+    "params-norm": last.parameter_norm,
     "loss-scale": last.loss_scale,
     "batch-size": last.tokens / plan.seq,
     samples,
@@ -70,10 +74,13 @@ export function stepScalars({ last, steps, samples }: Interval, plan: PlanNumber
     throughput: perSecond / 1e12,
     "throughput/share of peak": plan.peak === undefined ? undefined : perSecond / plan.peak,
     "data wait": meanOf(steps, (r) => r.data_wait_seconds),
-    "mem-allocated-bytes": plan.memory,
+    "mem-planned-bytes": plan.memory,
+    "mem-allocated-bytes": last.memory_bytes,
+    "mem-max-allocated-bytes": largestMemory,
     "skipped iterations": last.skipped === undefined ? undefined : steps.filter((r) => r.skipped).length,
     "moe/max over mean load": last.expert_load,
     "moe/dropped rows": last.dropped_rows,
+    "moe/router entropy": meanOf(steps, (r) => r.router_entropy),
     "moe/expert bias min": last.expert_bias?.[0],
     "moe/expert bias max": last.expert_bias?.[1],
   };

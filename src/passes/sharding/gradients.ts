@@ -50,7 +50,7 @@ export class GradientSharder {
   }
 }
 
-/** Emits the reductions of losses after the last microbatch. Losses with equal names and layouts share an accumulator. */
+/** Emits the reductions of losses after the last microbatch. Losses that are equal in name, depth and layout share an accumulator. */
 export function reduceLosses(
   losses: Graph["losses"],
   roleOf: (stage: number) => number,
@@ -58,9 +58,9 @@ export function reduceLosses(
   into: ShardStep[],
 ): void {
   const reduced = new Set<string>();
-  for (const { name, value } of losses) {
+  for (const { name, depth = 1, value } of losses) {
     const { layout, stage } = placements.of(value);
-    const key = `${name}|${roleOf(stage)}|${layoutKey({ value, layout })}`;
+    const key = `${name}|${depth}|${roleOf(stage)}|${layoutKey({ value, layout })}`;
     if (reduced.has(key)) continue;
     reduced.add(key);
     const why = resultReason(placements.mesh, name, "each rank saw other tokens", value);
