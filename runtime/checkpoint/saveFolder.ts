@@ -3,11 +3,11 @@
  * saves there.
  */
 import { randomUUID } from "node:crypto";
-import { closeSync, existsSync, openSync, readdirSync, readFileSync, rmSync, statSync, utimesSync, writeSync } from "node:fs";
-import { hostname } from "node:os";
+import { existsSync, readdirSync, rmSync, statSync } from "node:fs";
 import { join } from "node:path";
 import { Trouble } from "../../schemas/trouble.ts";
 import { makeFolder, unwritten } from "../../schemas/writing.ts";
+import { type FileLock, isLockHeld, lockFile, type Owner, writeNew } from "../lockFile.ts";
 import { TEXT } from "./snapshotFile.ts";
 
 /** Returns the folder name of the checkpoint of a step. */
@@ -111,113 +111,17 @@ export function expectWritableFolder(folder: string): void {
   }
 }
 
-/** The claim of a run on its save folder. */
-export interface FolderLock {
-  /** Throws a Trouble if another run has claimed the folder, or if the folder is no longer writable. */
-  expectHeld(): void;
-  release(): void;
-}
-
-interface Owner {
-  readonly id: string;
-  readonly host: string;
-  readonly pid: number;
-  readonly since: string;
-}
-/** The ids of the locks that this process holds. */
-const held = new Set<string>();
-const TOUCH_MS = 60_000;
-/** A lock of another host is stale after this time without an update: its run ended without removing it. */
-const STALE_MS = 10 * TOUCH_MS;
-
 /** Claims the folder for one run, until `release` or the end of the process. Throws a Trouble if another run saves there. */
-export function lockFolder(folder: string): FolderLock {
+export function lockFolder(folder: string): FileLock {
   const path = join(folder, "run.lock");
-  const own: Owner = { id: randomUUID(), host: hostname(), pid: process.pid, since: new Date().toISOString() };
-  try {
-    makeFolder(folder);
-    const other = ownerOf(path);
-    if (other && isAlive(path, other)) throw taken(folder, path, other);
-    claim(path, own);
-  } catch (error) {
-    const other = (error as NodeJS.ErrnoException).code === "EEXIST" && ownerOf(path);
-    throw other ? taken(folder, path, other) : unwritten(folder, error);
-  }
-  held.add(own.id);
-  const isMine = (): boolean => ownerOf(path)?.id === own.id;
-  // an error here recurs when the run saves, and is reported then
-  const attempt = (change: () => void): void => {
-    try {
-      if (isMine()) change();
-    } catch {}
-  };
-  const touch = setInterval(() => attempt(() => utimesSync(path, new Date(), new Date())), TOUCH_MS).unref();
-  return {
-    expectHeld() {
-      const other = ownerOf(path);
-      if (other && other.id !== own.id) throw taken(folder, path, other);
-      // the lock file was removed
-      if (!other) claim(path, own);
-    },
-    release() {
-      clearInterval(touch);
-      held.delete(own.id);
-      // if the removal fails, the lock names a process that has ended, and the next run replaces it
-      attempt(() => rmSync(path, { force: true }));
-    },
-  };
+  return lockFile(path, (owner) => taken(folder, path, owner), folder);
 }
 
 /** Returns whether a run saves into the folder. */
-export function isLocked(folder: string): boolean {
-  const path = join(folder, "run.lock");
-  const owner = ownerOf(path);
-  return owner !== undefined && isAlive(path, owner);
-}
+export const isLocked = (folder: string): boolean => isLockHeld(join(folder, "run.lock"));
 
 const taken = (folder: string, path: string, { host, pid, since }: Owner): Trouble =>
   new Trouble(
     `${folder}: another run saves there: process ${pid} on ${host}, since ${since}`,
     `use another --save folder; if that run has ended, remove ${path}`,
   );
-
-function ownerOf(path: string): Owner | undefined {
-  try {
-    return JSON.parse(readFileSync(path, "utf8"));
-  } catch {
-    // the file does not exist, or its writer ended before the text was complete
-    return undefined;
-  }
-}
-
-/** Returns whether the owner of a lock still runs: by its process on this host, by the age of the lock on another host. */
-function isAlive(path: string, { id, host, pid }: Owner): boolean {
-  if (host !== hostname()) return Date.now() - (statSync(path, { throwIfNoEntry: false })?.mtimeMs ?? 0) < STALE_MS;
-  // a restarted process may have the process id of its predecessor
-  if (pid === process.pid) return held.has(id);
-  try {
-    // signal 0 only tests whether the process exists
-    process.kill(pid, 0);
-    return true;
-  } catch (error) {
-    return (error as NodeJS.ErrnoException).code === "EPERM";
-  }
-}
-
-function claim(path: string, owner: Owner): void {
-  rmSync(path, { force: true });
-  writeNew(path, JSON.stringify(owner));
-}
-
-/** Creates a file. Throws the system error if it exists. */
-function writeNew(path: string, text: string): void {
-  const fd = openSync(path, "wx");
-  try {
-    writeSync(fd, text);
-  } catch (error) {
-    rmSync(path, { force: true });
-    throw error;
-  } finally {
-    closeSync(fd);
-  }
-}

@@ -11,11 +11,12 @@ import { expectComplete, removeUnfinished, setAside } from "../checkpoint/commit
 import { checkpointFor, type HfCheckpoint } from "../checkpoint/hf.ts";
 import { isLoadable, loadState } from "../checkpoint/loadState.ts";
 import { loadShards } from "../checkpoint/loadWeights.ts";
-import { type Chosen, chooseCheckpoint, expectRoom, type FolderLock, lockFolder, newestCheckpoint } from "../checkpoint/saveFolder.ts";
+import { type Chosen, chooseCheckpoint, expectRoom, lockFolder, newestCheckpoint } from "../checkpoint/saveFolder.ts";
 import { CheckpointSaver, type PendingSave } from "../checkpoint/saver.ts";
 import { type Opened, type OpenedCorpus, openCorpus } from "../data/corpus.ts";
 import { type HeldOut, heldOutOf } from "../data/heldOut.ts";
 import { openHeldOutSources, openSources } from "../data/sources.ts";
+import type { FileLock } from "../lockFile.ts";
 import { RankPrograms } from "../rankPrograms.ts";
 import type { StartupClock } from "../startup.ts";
 import { readingOf } from "./inputs.ts";
@@ -90,7 +91,7 @@ export async function openRun(plan: Plan, settings: RunSettings): Promise<OpenRu
     throw error;
   });
   settings.startup?.end("device");
-  let lock: FolderLock | undefined;
+  let lock: FileLock | undefined;
   let saver: CheckpointSaver | undefined;
   const close = async (error?: Error): Promise<void> => {
     await saver?.close(error);

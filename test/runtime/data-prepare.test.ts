@@ -1,6 +1,6 @@
 /** `rankc data prepare` and `inspect`: documents of every format become one Megatron data set, the same bytes by any number of threads. */
 import { mkdirSync, mkdtempSync, readdirSync, readFileSync, renameSync, rmSync, truncateSync, utimesSync, writeFileSync } from "node:fs";
-import { tmpdir } from "node:os";
+import { hostname, tmpdir } from "node:os";
 import { join } from "node:path";
 import { gzipSync } from "node:zlib";
 import { parquetWriteFile } from "hyparquet-writer";
@@ -137,6 +137,24 @@ test("a text is one document, or blank lines or line ends separate its documents
     await prepare([text], border, { documents: { border: border as "file", key: "text" } });
     expect(documentsOf(border), border).toEqual(idsOf([...documents]));
   }
+});
+
+test("two calls at once: the second is refused, a call after an interrupt or a killed process is not", async () => {
+  const corpus = written("locked.jsonl", lines);
+  const first = prepare([corpus], "locked");
+  expect(await failure(prepare([corpus], "locked"))).toMatch(
+    /^DIR\/locked: another rankc data prepare writes it: process \d+ on .* \| wait for it, .* remove DIR\/locked\.partial\.lock$/,
+  );
+  // not with --restart either, which would remove what the first one writes
+  expect(await failure(prepare([corpus], "locked", { restart: true }))).toMatch(/another rankc data prepare writes it/);
+  await first;
+  expect(differing("locked", "one", ["bin", "idx"])).toEqual([]);
+  const stop = new AbortController();
+  await prepare([written("paused.jsonl", lines.repeat(3))], "paused", { signal: stop.signal, onProgress: () => stop.abort() });
+  // the largest id of a process that Linux gives is 2^22
+  written("paused.partial.lock", JSON.stringify({ id: "a", host: hostname(), pid: 2 ** 22 + 1, since: "" }));
+  expect(await prepare([at("paused.jsonl")], "paused")).toMatchObject({ documents: 9000, stopped: false });
+  expect(readdirSync(folder).filter((name) => name.includes("lock"))).toEqual(["locked.bin", "locked.idx", "locked.json", "locked.jsonl"]);
 });
 
 test("an interrupted call continues, and other corpora or settings are refused", async () => {

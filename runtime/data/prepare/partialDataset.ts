@@ -1,5 +1,5 @@
 /**
- * A data set while it is written: PREFIX.partial/ with the ids, the lengths of documents, and how far they go. The files of the data set
+ * A data set while one process writes it: PREFIX.partial/ with the ids, the lengths of documents, and how far they go. The files of the data set
  * appear when all is written; until then the same command goes on where the last one stopped.
  */
 import {
@@ -19,6 +19,7 @@ import { join } from "node:path";
 import { z } from "zod";
 import { Trouble } from "../../../schemas/trouble.ts";
 import { makeFolder, unwritten } from "../../../schemas/writing.ts";
+import { type FileLock, lockFile, type Owner } from "../../lockFile.ts";
 import { idxHeader, idxSections } from "./indexFile.ts";
 
 const Progress = z.object({
@@ -41,6 +42,7 @@ export class PartialDataset {
   private readonly folder: string;
   private readonly files: { readonly ids: number; readonly lengths: number };
   private readonly open: number[];
+  private readonly lock: FileLock;
   progress: PreparedSoFar = begin;
 
   /** Opens or resumes the writing. `restart`: drops what is there. Throws a Trouble if it belongs to other settings, or cannot be written. */
@@ -50,6 +52,20 @@ export class PartialDataset {
     restart: boolean,
   ) {
     this.folder = `${prefix}.partial`;
+    // beside the folder, which a new start and the end remove
+    const lock = `${this.folder}.lock`;
+    this.lock = lockFile(lock, (owner) => taken(prefix, lock, owner), prefix);
+    try {
+      this.files = this.opened(restart);
+    } catch (error) {
+      this.lock.release();
+      throw error;
+    }
+    this.open = [this.files.ids, this.files.lengths];
+  }
+
+  /** Opens the files behind what is recorded. */
+  private opened(restart: boolean): { readonly ids: number; readonly lengths: number } {
     if (restart) this.attempt(() => rmSync(this.folder, { recursive: true, force: true }));
     if (existsSync(this.path("progress.json"))) {
       this.progress = this.resumed();
@@ -59,15 +75,15 @@ export class PartialDataset {
     }
     this.attempt(() => makeFolder(this.folder));
     // an append never overwrites what the progress covers
-    this.files = {
+    const files = {
       ids: this.attempt(() => openSync(this.path("ids"), "a+")),
       lengths: this.attempt(() => openSync(this.path("lengths"), "a+")),
     };
-    this.open = [this.files.ids, this.files.lengths];
     this.attempt(() => {
-      ftruncateSync(this.files.ids, this.progress.idBytes);
-      ftruncateSync(this.files.lengths, 4 * this.progress.documents);
+      ftruncateSync(files.ids, this.progress.idBytes);
+      ftruncateSync(files.lengths, 4 * this.progress.documents);
     });
+    return files;
   }
 
   private readonly path = (name: string): string => join(this.folder, name);
@@ -131,6 +147,13 @@ export class PartialDataset {
     });
   }
 
+  /** Records how far the files go and closes them. */
+  pause(): void {
+    this.record();
+    this.close();
+    this.lock.release();
+  }
+
   /** Writes the index and the description, and moves all files to their names. The index, which makes the data set whole, comes last. */
   finish(dtype: "u16" | "i32", description: string): void {
     this.record();
@@ -150,18 +173,26 @@ export class PartialDataset {
     });
     this.close();
     this.attempt(() => rmSync(this.folder, { recursive: true, force: true }));
+    this.lock.release();
   }
 
   /** Closes the files after an error. What was recorded stays for the next call; a folder without a record is removed. */
   abandon(): void {
     this.close();
     if (!existsSync(this.path("progress.json"))) rmSync(this.folder, { recursive: true, force: true });
+    this.lock.release();
   }
 
   private close(): void {
     for (const file of this.open.splice(0)) closeSync(file);
   }
 }
+
+const taken = (prefix: string, path: string, { host, pid, since }: Owner): Trouble =>
+  new Trouble(
+    `${prefix}: another rankc data prepare writes it: process ${pid} on ${host}, since ${since}`,
+    `wait for it, or name another data set after -o; if that process has ended, remove ${path}`,
+  );
 
 function write(file: number, bytes: Uint8Array): void {
   for (let at = 0; at < bytes.length; ) at += writeSync(file, bytes, at);

@@ -125,7 +125,7 @@ export async function prepareDataset(settings: PrepareSettings): Promise<Prepare
     };
     if (!stopped && count === 0)
       throw new Trouble("the corpora have no documents with text", "see that the files and --key are the right ones");
-    if (stopped) partial.record();
+    if (stopped) partial.pause();
     else partial.finish(dtype, `${JSON.stringify(described, null, 2)}\n`);
     return { ...described, prefix, seconds: seconds(), stopped };
   } catch (error) {
