@@ -36,6 +36,8 @@ export interface StepResult {
   readonly seconds: number;
   /** An upper bound of the time that the devices of this process waited for the batch of the step. On the CPU all reading is waiting. */
   readonly data_wait_seconds: number;
+  /** With data.documents.mask: the pairs of tokens in the documents over those of causal attention to whole sequences; only of a detailed step. */
+  readonly attention_share?: number;
   /** Memory in use on the device of the first local rank, by all programs; only of a detailed step, and where the device says it. */
   readonly memory_bytes?: number;
   /** In fp16: the loss scale of the step. */

@@ -71,3 +71,10 @@ export function learntOf(job: Job, batch: Batch) {
     depths: ahead.map((labels) => meanOverLearnt([labels], weighting)),
   };
 }
+
+/** Returns the share of the pairs of a token and one before it, or itself, that are of one document. `starts`: where each token's document begins. */
+export function attentionShare(starts: HostData, seq: number): number {
+  let pairs = 0;
+  for (let i = 0; i < starts.length; i++) pairs += (i % seq) - (starts[i] ?? 0) + 1;
+  return (2 * pairs) / (starts.length * (seq + 1));
+}

@@ -14,7 +14,7 @@ import type { BlockPosition, HostData, LocalRanks } from "../backend.ts";
 import type { HeldOut } from "../data/heldOut.ts";
 import { RankPrograms } from "../rankPrograms.ts";
 import { evaluate } from "./evaluation.ts";
-import { feedOf, inOrder, learntOf } from "./feed.ts";
+import { attentionShare, feedOf, inOrder, learntOf } from "./feed.ts";
 import type { Batch, BatchOf } from "./inputs.ts";
 import { readNumbers, reported } from "./metrics.ts";
 import { type Inspector, inspector, MOST_OVERFLOWS, type Nonfinite, nonfiniteIn, nonfiniteText, stopAt, stopAtScale } from "./nonfinite.ts";
@@ -204,6 +204,7 @@ class TrainingLoop {
       seconds: this.#seconds,
       data_wait_seconds: waited / 1000,
       ...(memory !== undefined && { memory_bytes: memory }),
+      ...(detailed && job.data.documents?.mask && batch.documents && { attention_share: attentionShare(batch.documents, model.seq) }),
       ...(fp16 && { loss_scale: lossScale }),
       ...((fp16 || train.on_nonfinite === "skip") && { skipped: outcome !== "updated" }),
       ...(nonfinite && { nonfinite: nonfiniteText(nonfinite) }),

@@ -9,12 +9,17 @@ import { parameterCount } from "./parameterCount.ts";
  * which see half of the sequence on average. Recomputation does not count.
  */
 export function modelFlops(model: Job["model"]): number {
-  const { layers, heads, head_dim, mla, seq, vocab, hidden, tie_embeddings, moe, mtp } = model;
+  const { layers, seq, vocab, hidden, tie_embeddings, moe, mtp } = model;
   const routers = moe ? Array.from({ length: layers }, (_, l) => Number(hasExperts(model, l))).reduce((a, b) => a + b, 0) : 0;
   const used = moe ? { ...model, moe: { ...moe, experts: moe.top_k } } : model;
   const unused = moe ? routers * hidden * (moe.experts - moe.top_k) : 0;
   // the head is a product even if it shares its table with the embedding; each further depth has the product of the head again
   const parameters = parameterCount(used) + unused - (tie_embeddings ? 0 : vocab * hidden) + (mtp?.layers ?? 0) * vocab * hidden;
+  return 6 * seq * parameters + attentionFlops(model);
+}
+
+/** Returns the part of `modelFlops` that is scores and sums of attention. */
+export function attentionFlops({ layers, heads, head_dim, mla, seq, mtp }: Job["model"]): number {
   const width = mla ? (mla.nope_dim + mla.rope_dim + mla.v_dim) / 2 : head_dim;
-  return seq * (6 * parameters + 6 * seq * (layers + (mtp?.layers ?? 0)) * heads * width);
+  return 6 * seq * seq * (layers + (mtp?.layers ?? 0)) * heads * width;
 }

@@ -3,7 +3,7 @@ import { expect, test } from "vitest";
 import type { StepResult } from "../../schemas/stepResult.ts";
 import { Dashboard } from "../../src/cli/log/dashboard.ts";
 
-const plan = { ranks: 2, batch: 4, seq: 16, flops: 1e9, peak: 1e12, memory: 3 * 2 ** 30 };
+const plan = { ranks: 2, batch: 4, seq: 16, attention: 0, flops: 1e9, peak: 1e12, memory: 3 * 2 ** 30 };
 const step = (n: number, loss: number): StepResult => ({
   ...{ step: n, loss, aux_loss: 0, grad_norm: 1.25, lr: 1e-3, tokens: 64, seconds: 0.5, data_wait_seconds: 0 },
   ...{

@@ -6,10 +6,13 @@ import { mkdtempSync, readdirSync, readFileSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterAll, expect, test } from "vitest";
+import { attentionShare } from "../../runtime/train/feed.ts";
 import { openRun } from "../../runtime/train/openRun.ts";
-import { modelFlops } from "../../src/analysis/modelFlops.ts";
+import type { StepResult } from "../../schemas/stepResult.ts";
+import { attentionFlops, modelFlops } from "../../src/analysis/modelFlops.ts";
 import { crc32c, firstRecord, type LoggedValue, stepRecord } from "../../src/cli/log/eventFile.ts";
 import { openRunLog } from "../../src/cli/log/runLog.ts";
+import { stepScalars } from "../../src/cli/log/scalars.ts";
 import { compile } from "../../src/compile.ts";
 import { fixture, jobOf } from "../support/job.ts";
 
@@ -126,4 +129,26 @@ test("model FLOP: 6 for each token and each parameter that it uses, and causal a
   // norms and biases of experts count like other parameters
   const small = 2 * (2 * D + k) + D;
   expect(modelFlops(model)).toBe(6 * S * (2 * layer + V * D + small) + 6 * S * S * 2 * D);
+  expect(attentionFlops(model)).toBe(6 * S * S * 2 * D);
+});
+
+test("attention within documents counts the pairs of tokens in them", () => {
+  // two sequences of 4 tokens: one document, and documents of 1 and 3 tokens
+  expect(attentionShare(Int32Array.of(0, 0, 0, 0, 0, 1, 1, 1), 4)).toBeCloseTo((10 + 1 + 6) / 20, 12);
+  const plan = { ranks: 2, batch: 1, seq: 4, flops: 100, attention: 40, peak: 1e12, memory: 1 };
+  const step = { step: 1, loss: 1, aux_loss: 0, grad_norm: 1, lr: 1, tokens: 8, seconds: 2, data_wait_seconds: 0 };
+  const throughput = (last: StepResult) => stepScalars({ last, steps: [last], samples: 2 }, plan).throughput;
+  expect(throughput(step)).toBeCloseTo((2 * 100) / 2 / 2 / 1e12, 20);
+  expect(throughput({ ...step, attention_share: 0.25 })).toBeCloseTo((2 * 70) / 2 / 2 / 1e12, 20);
+});
+
+test("depths of multi-token prediction and memory are scalars of the log, the memory with its maximum", () => {
+  const plan = { ranks: 1, batch: 1, seq: 4, flops: 1, attention: 0, peak: undefined, memory: 7 };
+  const step = { step: 1, loss: 1, aux_loss: 0, grad_norm: 1, lr: 1, tokens: 4, seconds: 1, data_wait_seconds: 0 };
+  const last = { ...step, mtp_losses: [2, 4], memory_bytes: 5, parameter_norm: 3, router_entropy: 0.5 };
+  const steps = [{ ...step, mtp_losses: [4, 8], router_entropy: 1 }, last];
+  expect(stepScalars({ last, steps, samples: 2, largestMemory: 6 }, plan)).toMatchObject({
+    ...{ "mtp loss/depth 1": 3, "mtp loss/depth 2": 6, "params-norm": 3, "moe/router entropy": 0.75 },
+    ...{ "mem-allocated-bytes": 5, "mem-max-allocated-bytes": 6, "mem-planned-bytes": 7 },
+  });
 });

@@ -63,7 +63,7 @@ function row(run: LoggedRun, i: number): string {
     show("lm loss", (x) => x.toFixed(4)),
     show("lm loss validation", (x) => x.toFixed(4)),
     show("tokens/s", (x) => Math.round(x).toLocaleString("en-US")),
-    show("mem-allocated-bytes", bytesText),
+    show(lastOf(run, "mem-allocated-bytes") ? "mem-allocated-bytes" : "mem-planned-bytes", bytesText),
     show("moe/max over mean load", (x) => x.toFixed(2)),
   ];
   return `<tr>${cells.map((cell) => `<td>${cell}</td>`).join("")}</tr>`;

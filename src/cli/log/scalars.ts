@@ -3,7 +3,7 @@
 import { deviceOf } from "../../../schemas/devices.ts";
 import type { Plan } from "../../../schemas/plan.ts";
 import type { EvaluationResult, StepResult } from "../../../schemas/stepResult.ts";
-import { modelFlops } from "../../analysis/modelFlops.ts";
+import { attentionFlops, modelFlops } from "../../analysis/modelFlops.ts";
 import { largest } from "../../units.ts";
 
 /** A number under a name; undefined where the run does not have it. */
@@ -16,6 +16,8 @@ export interface PlanNumbers {
   readonly seq: number;
   /** FLOP of the model for one sequence, forward and backward. */
   readonly flops: number;
+  /** The part of it that is attention to the whole sequence. */
+  readonly attention: number;
   /** Peak of a device in FLOP/s in the precision of the job. */
   readonly peak: number | undefined;
   /** Memory of the largest rank, in bytes. */
@@ -28,6 +30,7 @@ export function planNumbers({ job, mesh, memory }: Plan): PlanNumbers {
   const type = ({ fp32: "f32", bf16: "bf16", fp16: "f16" } as const)[train.precision];
   return {
     ...{ ranks: mesh.world, batch: train.global_batch, seq: model.seq, flops: modelFlops(model) },
+    attention: attentionFlops(model),
     peak: deviceOf(cluster.device).peak[type] ?? undefined,
     memory: largest(memory, ({ peak }) => peak),
   };
@@ -54,7 +57,8 @@ function meanOf(steps: readonly StepResult[], of: (r: StepResult) => number | un
 export function stepScalars({ last, steps, samples, largestMemory }: Interval, plan: PlanNumbers): Scalars {
   const seconds = mean(steps.map((r) => r.seconds));
   const tokens = mean(steps.map((r) => r.tokens));
-  const perSecond = (plan.flops * tokens) / plan.seq / seconds / plan.ranks;
+  const unseen = last.attention_share === undefined ? 0 : 1 - last.attention_share;
+  const perSecond = ((plan.flops - unseen * plan.attention) * tokens) / plan.seq / seconds / plan.ranks;
   const isSparse = last.expert_load !== undefined;
   return {
     "lm loss": meanOf(steps, (r) => r.loss),

@@ -21,7 +21,7 @@ export const mapped = [
       num-layers-per-virtual-pipeline-stage:int num-virtual-stages-per-pipeline-rank:int decoder-first-pipeline-num-layers:int
       decoder-last-pipeline-num-layers:int account-for-embedding-in-pipeline-split account-for-loss-in-pipeline-split
       recompute-granularity:full|selective recompute-activations moe-layer-recompute data-path:text* train-data-path:text* mock-data
-      reset-position-ids reset-attention-mask eod-mask-loss`,
+      reset-position-ids reset-attention-mask eod-mask-loss log-params-norm`,
   },
   {
     why: "is read with --bf16 alone",

@@ -87,7 +87,7 @@ export const withoutEffect: readonly Section[] = [
   {
     why: "concerns what a run prints and records; the steps are the same",
     names: `
-      moe-per-layer-logging config-logger-dir:text log-params-norm log-throughput log-progress
+      moe-per-layer-logging config-logger-dir:text log-throughput log-progress
       timing-log-level:0|1|2=0 timing-log-option:max|minmax|all=minmax tensorboard-log-interval:int=1
       tensorboard-queue-size:int=1000 log-timers-to-tensorboard no-log-loss-scale-to-tensorboard disable-log-loss-scale-to-tensorboard
       log-validation-ppl-to-tensorboard log-memory-to-tensorboard log-memory-interval:int log-device-memory-used log-num-zeros-in-grad

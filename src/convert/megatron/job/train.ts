@@ -236,6 +236,7 @@ export function putData(importing: Importing): void {
     job.put("data.order", "shuffled", ["dataloader-type"]);
   }
   putEvaluation(importing, sources !== undefined);
+  if (args.has("log-params-norm")) job.put("train.metrics.parameter_norm", true, ["log-params-norm"]);
   putDocuments(importing, sources === undefined ? 0 : undefined);
 }
 
