@@ -92,7 +92,8 @@ const touchFiles = new Map([
   ["runtime/checkpoint/hfFolder.ts", "exported models"],
   ["runtime/checkpoint/tokenizerFiles.ts", "the files of a tokenizer"],
   ["runtime/checkpoint/snapshotFile.ts", "the description of a checkpoint"],
-  ["runtime/checkpoint/saveFolder.ts", "the folder of a run's checkpoints, and its lock"],
+  ["runtime/checkpoint/saveFolder.ts", "the folder of a run's checkpoints"],
+  ["runtime/lockFile.ts", "locks of folders and data sets"],
   ["runtime/cuda/libraries.ts", "which name of a library exists"],
   ["runtime/cuda/kernels.ts", "cubins compiled by NVRTC, kept between runs"],
   ["runtime/launch/rankPlace.ts", "a secret that the ranks share"],
@@ -204,7 +205,7 @@ const exceptions = [
   "src/cli/initPrompts.ts: process.stderr", // where questions are asked
   "src/cli/lsp.ts: process.stdout", // the protocol of editors
   "runtime/launch/watchdog.ts: process.kill",
-  "runtime/checkpoint/saveFolder.ts: process.kill",
+  "runtime/lockFile.ts: process.kill",
 ];
 
 test("only the command line prints and ends the process; the watchdog of a blocked rank may kill it", () => {
