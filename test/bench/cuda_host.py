@@ -229,7 +229,9 @@ def close_port(folder, run):
         begun = time.monotonic()
         while len(lines(metrics)) < 50:
             if any(r.poll() is not None for r in ranks) or time.monotonic() - begun > 120:
-                raise RuntimeError(f"it did not come to step 50: {[r.poll() for r in ranks]}")
+                for r in ranks:
+                    r.kill()
+                raise RuntimeError(f"it did not come to step 50: {[(r.returncode, r.communicate()[1][-600:]) for r in ranks]}")
             time.sleep(0.1)
         proxy.close()
         begun = time.monotonic()
@@ -237,7 +239,7 @@ def close_port(folder, run):
         return {"seconds": time.monotonic() - begun, "code": max(abs(r.returncode) for r in ranks),
                 "said": [f"[{i}] {l}" for i, text in enumerate(said) for l in [l for l in text.split("\n") if l and "  loss " not in l][-4:]]}
     except Exception as error:
-        return {"seconds": float("inf"), "code": None, "said": [repr(error)[:300]]}
+        return {"seconds": float("inf"), "code": None, "said": [repr(error)[:2000]]}
     finally:
         for r in ranks:
             r.kill()
@@ -249,6 +251,7 @@ def main():
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--long", type=int, default=10000)
+    parser.add_argument("--only-port", action="store_true", help="only close the connection of two ranks")
     parser.add_argument("--rankc", default="")
     options = parser.parse_args()
     folder = options.folder.resolve()
@@ -261,6 +264,9 @@ def main():
     host = json.loads((folder / "host.json").read_text())
     gpus = subprocess.run(["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"], capture_output=True, text=True).stdout.strip().split("\n")
     there = [run for run in host["runs"] if run["ranks"] <= len(gpus)]
+    if options.only_port:
+        print(json.dumps(close_port(folder, next(run for run in there if run["ranks"] == 2)), indent=1))
+        return
     results = {}
     bad = []
     alone = None
