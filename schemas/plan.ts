@@ -274,6 +274,10 @@ export const StreamUse = z.strictObject({
   beside: z
     .array(z.union([StreamName, InOrder]))
     .describe("the streams whose collectives may run at the same time; in_order: collectives and transfers without a stream"),
+  multiprocessors: count
+    .min(1)
+    .optional()
+    .describe("the most that a collective of the stream occupies: thread blocks of its communicators; absent: as NCCL chooses"),
 });
 /** A value of the schema `StreamUse`. */
 export type StreamUse = z.infer<typeof StreamUse>;

@@ -53,8 +53,9 @@ export class Communicators {
     this.#world = world;
     this.#made = [world];
     // all ranks split in the same order, including ranks whose stage does not use the group
-    for (const { key, subAxes, stages } of groupings(plan)) {
-      const group = this.#split(stages.has(stage) ? groupMembers(mesh, local, subAxes).map((m) => rankAt(mesh, stage, m)) : undefined);
+    for (const { key, subAxes, stages, multiprocessors } of groupings(plan)) {
+      const members = stages.has(stage) ? groupMembers(mesh, local, subAxes).map((m) => rankAt(mesh, stage, m)) : undefined;
+      const group = this.#split(members, multiprocessors);
       if (group) this.#groups.set(key, group);
     }
     for (const { key, source, target } of channelsOf(plan)) {
@@ -88,8 +89,8 @@ export class Communicators {
     for (const c of this.#made.toReversed()) c.close();
   }
 
-  #split(members: readonly number[] | undefined): Communicator | undefined {
-    const own = this.#world.split(members);
+  #split(members: readonly number[] | undefined, multiprocessors?: number): Communicator | undefined {
+    const own = this.#world.split(members, multiprocessors);
     if (own) this.#made.push(own);
     return own;
   }
@@ -125,14 +126,26 @@ function keyOf(mesh: Plan["mesh"], i: Collective): string {
   return span.length === 0 ? "" : `${i.stream ?? ""} ${span.join()}`;
 }
 
+/** The collectives of one communicator on each rank. */
+interface Grouping {
+  readonly key: string;
+  readonly subAxes: number[];
+  readonly stages: Set<number>;
+  /** The most multiprocessors that one of them occupies. */
+  readonly multiprocessors: number | undefined;
+}
+
 /** Lists the streams and sub-axis sets of collectives with their stages, in an order that is equal on all ranks. */
-function groupings(plan: Plan): { key: string; subAxes: number[]; stages: Set<number> }[] {
-  const found = new Map<string, { key: string; subAxes: number[]; stages: Set<number> }>();
+function groupings(plan: Plan): Grouping[] {
+  const found = new Map<string, Grouping>();
   for (const p of plan.programs)
     for (const i of instructionsOf(p)) {
       if (i.kind !== "collective" || i.world) continue;
       const key = keyOf(plan.mesh, i);
-      const grouping = found.get(key) ?? { key, subAxes: spanOf(plan.mesh, i), stages: new Set<number>() };
+      const grouping = found.get(key) ?? {
+        ...{ key, subAxes: spanOf(plan.mesh, i), stages: new Set<number>() },
+        multiprocessors: p.streams?.find(({ name }) => name === i.stream)?.multiprocessors,
+      };
       grouping.stages.add(p.stage);
       if (key) found.set(key, grouping);
     }

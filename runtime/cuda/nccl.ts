@@ -24,8 +24,11 @@ export type Communicator = {
   readonly together: (issue: () => void) => void;
   readonly send: (from: DevicePointer, count: number, peer: number, stream: Stream, dtype: Dtype) => void;
   readonly recv: (to: DevicePointer, count: number, peer: number, stream: Stream, dtype: Dtype) => void;
-  /** Splits the communicator; all its ranks call it. `members`: the ranks of the caller's new communicator, ascending, or undefined for none. */
-  readonly split: (members: readonly number[] | undefined) => Communicator | undefined;
+  /**
+   * Splits the communicator; all its ranks call it. `members`: the ranks of the caller's new communicator, ascending, or undefined for none;
+   * `multiprocessors`: the most that a collective of the new one occupies, or as many as NCCL chooses.
+   */
+  readonly split: (members: readonly number[] | undefined, multiprocessors?: number) => Communicator | undefined;
   /** Throws the error of a call that has failed since, on this rank or another. */
   readonly check: () => void;
   /**
@@ -137,9 +140,10 @@ function communicator(own: bigint, rank: number, ranks: number): Communicator {
     },
     send: (from, count, peer, stream, dtype) => check("ncclSend", send(from, count, dtypes[dtype].nccl, peer, own, stream)),
     recv: (to, count, peer, stream, dtype) => check("ncclRecv", recv(to, count, dtypes[dtype].nccl, peer, own, stream)),
-    split: (members) => {
+    split: (members, multiprocessors) => {
       const into = new BigUint64Array(1);
-      check("ncclCommSplit", split(own, members?.[0] ?? NOCOLOR, rank, into, null));
+      const config = multiprocessors === undefined ? null : configOf(multiprocessors);
+      check("ncclCommSplit", split(own, members?.[0] ?? NOCOLOR, rank, into, config));
       const [part = 0n] = into;
       return members && communicator(part, members.indexOf(rank), members.length);
     },
@@ -152,6 +156,22 @@ function communicator(own: bigint, rank: number, ranks: number): Communicator {
     abort: () => new Promise((resolve) => void abort.async(own, () => resolve())),
     close: () => check("ncclCommDestroy", destroy(own)),
   };
+}
+
+/**
+ * Returns an ncclConfig_t in its form of NCCL 2.18, which later versions read: the most thread blocks of a collective, and NCCL's default
+ * for all else. A collective has one thread block a multiprocessor.
+ */
+function configOf(most: number): Uint8Array {
+  const [bytes, magic, version, undefinedInt] = [48, 0xcafebeef, 21_800, -(2 ** 31)];
+  const config = new DataView(new ArrayBuffer(bytes));
+  config.setBigUint64(0, BigInt(bytes), true);
+  config.setUint32(8, magic, true);
+  config.setUint32(12, version, true);
+  // blocking, cgaClusterSize, minCTAs, maxCTAs; then netName, a null pointer, and splitShare
+  for (const [n, value] of [undefinedInt, undefinedInt, undefinedInt, most].entries()) config.setInt32(16 + 4 * n, value, true);
+  config.setInt32(40, undefinedInt, true);
+  return new Uint8Array(config.buffer);
 }
 
 const has = (handle: LibraryHandle, name: string): boolean => {

@@ -28,6 +28,7 @@ export const keyExamples: Readonly<Record<string, readonly unknown[]>> = {
   "parallel.context": [2],
   "parallel.gradient_bucket": [128],
   "parallel.parameter_bucket": [128],
+  "parallel.communication_sms": [8, 16],
   "train.micro_batch": [1, 2],
   "train.global_batch": [256, 1024],
   "train.steps": [1000, 100000],

@@ -85,6 +85,12 @@ export const ParallelText = z.strictObject({
     .describe(
       "what runs beside the exchanges of rows between experts. shared: the shared experts, and in backward gradients of weights; none: nothing, each exchange ends before the next instruction",
     ),
+  communication_sms: z
+    .union([count.min(1), z.literal("none")])
+    .default("none")
+    .describe(
+      "the most multiprocessors that the collectives of one stream occupy while they run beside kernels; none: as many as NCCL chooses",
+    ),
   order: z
     .enum(["tp-cp-ep-dp-pp", "tp-cp-ep-pp-dp"])
     .default("tp-cp-ep-dp-pp")

@@ -14,7 +14,8 @@ const MIB = 1 << 20;
 
 /** Returns the programs with the asynchronous collectives that the job asks for. */
 export function overlap({ parallel }: Pick<Job, "parallel">, mesh: Mesh, programs: Program[]): Program[] {
-  const { gradient_bucket, parameter_bucket, expert_overlap } = parallel;
+  const { gradient_bucket, parameter_bucket, expert_overlap, communication_sms } = parallel;
+  const reserved = communication_sms === "none" ? {} : { multiprocessors: communication_sms };
   // experts first: buckets close where gradients are complete in the order that experts leave
   const passes: ((p: Program) => Program)[] = [
     ...(expert_overlap === "none" ? [] : [(p: Program) => overlapExperts(p, mesh)]),
@@ -25,6 +26,6 @@ export function overlap({ parallel }: Pick<Job, "parallel">, mesh: Mesh, program
   return programs.map((program) => {
     const changed = passes.reduce((p, pass) => pass(p), program);
     const streams = streamsOf(changed);
-    return streams ? { ...changed, streams } : changed;
+    return streams ? { ...changed, streams: streams.map((use) => ({ ...use, ...reserved })) } : changed;
   });
 }

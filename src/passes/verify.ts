@@ -25,7 +25,7 @@ import { sizesAgree } from "../analysis/cost.ts";
 import { BrokenInvariant } from "../ops/invariant.ts";
 import { invariant } from "../ops/op.ts";
 import type { Mesh } from "./mesh.ts";
-import { verifyStreams } from "./verifyStreams.ts";
+import { verifyLimits, verifyStreams } from "./verifyStreams.ts";
 
 /** Throws an invariant if the programs break a law. `smaller` lists the numbers of microbatches of the steps during batch ramp-up. */
 export function verifyPrograms(programs: readonly Program[], mesh: Mesh, smaller: readonly number[] = []): void {
@@ -42,6 +42,7 @@ export function verifyPrograms(programs: readonly Program[], mesh: Mesh, smaller
     }
     verifyWaits(steps.map(waitsOf), mesh);
   }
+  verifyLimits(programs);
   const evaluated = programs.filter(({ evaluation }) => evaluation !== undefined).length;
   invariant(evaluated === 0 || evaluated === programs.length, () => `${evaluated} of ${programs.length} stages have an evaluation`);
   if (evaluated > 0) verifyWaits(programs.map(evaluationWaits), mesh);

@@ -30,6 +30,21 @@ export function verifyStreams(p: Program, who: string): void {
   }
 }
 
+/** Throws an invariant if stages give a stream different limits: its communicators have one on all their ranks. */
+export function verifyLimits(programs: readonly Program[]): void {
+  const limits = new Map<StreamName, number | undefined>();
+  for (const { stage, streams = [] } of programs)
+    for (const { name, multiprocessors } of streams) {
+      const limit = limits.has(name) ? limits.get(name) : multiprocessors;
+      limits.set(name, limit);
+      invariant(
+        limit === multiprocessors,
+        () =>
+          `stage ${stage}: ${name} occupies ${multiprocessors ?? "any number of"} multiprocessors, and ${limit ?? "any number"} on another stage`,
+      );
+    }
+}
+
 /** Returns the streams of a program with what may run beside them, as a plan declares it; undefined if nothing is asynchronous. */
 export function streamsOf(p: Program): StreamUse[] | undefined {
   const found = concurrencyOf(p, `stage ${p.stage}`);

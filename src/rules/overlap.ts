@@ -1,4 +1,5 @@
 /** Rules P13x: communication beside compute. */
+import { deviceOf } from "../../schemas/devices.ts";
 import { type Rule, rule } from "./rule.ts";
 
 /** Rules of overlap. */
@@ -53,5 +54,43 @@ export const overlap: readonly Rule[] = [
       };
     },
     bad: "parallel: {expert_overlap: shared}",
+  }),
+  rule({
+    code: "P133",
+    title: "communication_sms leaves no multiprocessor for kernels",
+    why: "The collectives of each stream occupy up to communication_sms multiprocessors of the device. If all streams together take every one, kernels wait until a collective ends, and nothing runs beside it.",
+    level: "error",
+    *check({ parallel: p, cluster }) {
+      if (p.communication_sms === "none") return;
+      const { multiprocessors } = deviceOf(cluster.device);
+      const streams = [p.gradient_bucket, p.parameter_bucket, p.expert_overlap].filter((key) => key !== "none").length;
+      const most = Math.ceil(multiprocessors / Math.max(1, streams)) - 1;
+      if (p.communication_sms <= most) return;
+      yield {
+        at: "parallel.communication_sms",
+        related: ["cluster.device"],
+        found: `${p.communication_sms} for each of ${Math.max(1, streams)} streams, and ${cluster.device} has ${multiprocessors}`,
+        fix: `use at most ${most}; 8 to 16 are usual`,
+        tries: [{ "parallel.communication_sms": 8 }],
+      };
+    },
+    bad: "parallel: {world: 2, gradient_bucket: 40, communication_sms: 200}\ntrain: {global_batch: 2}",
+  }),
+  rule({
+    code: "P134",
+    title: "communication_sms without asynchronous collectives",
+    why: "The limit holds for collectives that run beside kernels. Without gradient_bucket, parameter_bucket and expert_overlap each collective runs alone and may occupy the whole device.",
+    level: "warning",
+    *check({ parallel: p }) {
+      if (p.communication_sms === "none" || [p.gradient_bucket, p.parameter_bucket, p.expert_overlap].some((key) => key !== "none")) return;
+      yield {
+        at: "parallel.communication_sms",
+        related: ["parallel.gradient_bucket"],
+        found: `communication_sms ${p.communication_sms}, and all collectives run in order`,
+        fix: "leave it out, or set gradient_bucket",
+        tries: [{ "parallel.communication_sms": "none" }],
+      };
+    },
+    bad: "parallel: {communication_sms: 8}",
   }),
 ];

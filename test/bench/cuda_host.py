@@ -223,7 +223,7 @@ def close_port(folder, run):
         for rank in (0, 1):
             if rank == 1:
                 proxy = Proxy(port)
-            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": proxy.port if proxy else port}
+            place = {"RANKC_TOKEN": "of this check", "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": proxy.port if proxy else port}
             ranks.append(subprocess.Popen(command(folder, run, 10**6, metrics), cwd=folder / "rankc", env={**environment(), **{k: str(v) for k, v in place.items()}},
                                           stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True))
         begun = time.monotonic()

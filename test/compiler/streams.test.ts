@@ -93,6 +93,16 @@ describe.each(Object.entries(meshes))("%s", (_, { programs, mesh }) => {
   });
 });
 
+test("communication_sms limits each stream; stages with different limits are refused", () => {
+  const { programs, mesh } = planOf({ world: 4, pipeline: 2, communication_sms: 8, gradient_bucket: 0.01 });
+  expect(programs.map(({ streams }) => streams)).toEqual(
+    programs.map(() => [expect.objectContaining({ name: "gradients", multiprocessors: 8 })]),
+  );
+  const spoilt = structuredClone(programs) as Program[];
+  delete spoilt[1]!.streams![0]!.multiprocessors;
+  expect(() => verifyPrograms(spoilt, mesh)).toThrow(/stage 1: gradients occupies any number of multiprocessors, and 8 on another stage/);
+});
+
 test("a bucket is one collective, begun after the last of its gradients; without buckets each gradient has its own after backward", () => {
   const { programs } = meshes["data and expert parallel"];
   const [{ chunks, step } = programs[0]!] = programs;

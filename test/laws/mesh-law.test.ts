@@ -608,6 +608,7 @@ const anyJob = fc
         ...(layout !== undefined && (drawn.pipeline > 1 || odd) ? { layout } : drawn.pipeline === 1 ? {} : stages),
         ...(drawn.distributed_optimizer ? { optimizer_instances, parameter_bucket } : {}),
         ...{ gradient_bucket, ...(experts ? { expert_overlap } : {}) },
+        ...(gradient_bucket === "none" ? {} : { communication_sms: 8 }),
       };
       const world = drawn.tensor * drawn.pipeline * drawn.context * data;
       // heads of a latent have keys and values, and norms, of their own

@@ -42,7 +42,7 @@ const overlaps: Readonly<Record<string, { readonly parallel: object; readonly st
   "parameters in buckets": { parallel: { parameter_bucket: 20 }, streams: ["parameters"] },
   "shared experts beside exchanges": { parallel: { expert_overlap: "shared" }, streams: ["experts"] },
   "all of them": {
-    parallel: { gradient_bucket: 40, parameter_bucket: 20, expert_overlap: "shared" },
+    parallel: { gradient_bucket: 40, parameter_bucket: 20, expert_overlap: "shared", communication_sms: 16 },
     streams: ["experts", "gradients", "parameters"],
   },
 };
@@ -59,7 +59,7 @@ describe.skipIf(missing)(`on GPUs of this machine${missing}`, () => {
   async function run(name: string, parallel: object, ...options: string[]) {
     const [job, metrics] = [join(folder, `${name}.yaml`), join(folder, `${name}.jsonl`)];
     writeFileSync(job, stringify(jobFor(parallel)));
-    const { exit, err } = await rankcProcess("run", job, "--backend", "cuda", "--metrics", metrics, ...options);
+    const { exit, err } = await rankcProcess("run", job, "--backend", "cuda", "--target", "cuda:sm_90a", "--metrics", metrics, ...options);
     expect(err).not.toContain("error");
     expect(exit, err).toBe(0);
     const steps = readFileSync(metrics, "utf8")

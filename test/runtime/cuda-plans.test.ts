@@ -102,6 +102,7 @@ describe.skipIf(noCompiler)(`plans with stand-ins for the driver and NCCL${noCom
         gradient_bucket: 0.004,
         parameter_bucket: 0.002,
         expert_overlap: "shared",
+        communication_sms: 8,
       },
       { moe: { ...moe, shared: { ffn: 8, gate: true } } },
       { precision: "bf16" },
@@ -121,7 +122,9 @@ describe.skipIf(noCompiler)(`plans with stand-ins for the driver and NCCL${noCom
       "%s: four steps are the CPU's, bit by bit; from the third on they are a graph",
       options,
       async (_, [parallel, over, how]) => {
+        const before = cuda.limited();
         const { replayed } = await expectSame(parallel, over, how);
+        expect(cuda.limited() > before).toBe("communication_sms" in parallel);
         expect(replayed.map((ranks) => new Set(ranks))).toEqual([false, false, true, true].map((r) => new Set([r])));
       },
     );

@@ -79,6 +79,8 @@ export async function standIn({ oldNccl = false } = {}) {
     seed: at.driver.func("standInSeed", "void", ["uint"]) as (seed: number) => void,
     /** Work that waits in streams. */
     queued: at.driver.func("standInQueued", "int", []) as () => number,
+    /** The communicators whose collectives have a limit of multiprocessors, of all ranks so far. */
+    limited: at.nccl.func("standInLimited", "int", []) as () => number,
     /** From now on NCCL says that another rank has failed, or no more. */
     failNccl: at.nccl.func("standInFail", "void", ["int"]) as (yes: number) => void,
   };
