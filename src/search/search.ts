@@ -103,7 +103,7 @@ export function search(
   const judged: Candidate[] = [];
   const tooLarge: TooLarge[] = [];
   const ratios: number[] = [];
-  const sizes: number[] = [];
+  const sizes = new ExactSizes();
   const perMesh = new Map<string, number>();
   // where nothing fits, the choices with the least memory show how much is missing
   const order = fitting.length > 0 ? fitting.sort((a, b) => a.seconds - b.seconds) : all.sort((a, b) => a.bytes - b.bytes);
@@ -112,7 +112,7 @@ export function search(
     const mesh = meshKey(choice);
     if ((perMesh.get(mesh) ?? 0) >= PER_MESH) continue;
     // exact sizes correct the forecasts of the choices that follow
-    if (fitting.length > 0 && sizes.length >= FEW && bytes * median(sizes) * CLOSE > memory) {
+    if (fitting.length > 0 && bytes * sizes.correction(choice) * CLOSE > memory) {
       count("memory");
       continue;
     }
@@ -124,7 +124,7 @@ export function search(
     }
     perMesh.set(mesh, (perMesh.get(mesh) ?? 0) + 1);
     const { bytes: peak } = peakOf(candidate, target);
-    sizes.push(peak / bytes);
+    sizes.add(choice, peak / bytes);
     if (peak > memory) tooLarge.push({ choice, peak });
     else {
       const result = { choice, ...timed(candidate, profile, target) };
@@ -140,6 +140,29 @@ export function search(
     ...{ choices: all.length, memory },
     ruledOut: [...ruledOut].map(([reason, choices]) => ({ reason, choices })).sort((a, b) => b.choices - a.choices),
   };
+}
+
+/** Exact sizes over forecast ones: they correct the forecasts of other choices, first of those that recompute and batch alike. */
+class ExactSizes {
+  readonly #all: number[] = [];
+  readonly #alike = new Map<string, number[]>();
+
+  add(choice: JobChoice, ratio: number): void {
+    this.#all.push(ratio);
+    const key = this.#keyOf(choice);
+    this.#alike.set(key, [...(this.#alike.get(key) ?? []), ratio]);
+  }
+
+  /** Returns the factor of a forecast of bytes; 0 where too few sizes are known. */
+  correction(choice: JobChoice): number {
+    const alike = this.#alike.get(this.#keyOf(choice)) ?? [];
+    const known = alike.length >= FEW ? alike : this.#all;
+    return known.length >= FEW ? median(known) : 0;
+  }
+
+  #keyOf({ recompute, micro_batch, pipeline, tensor }: JobChoice): string {
+    return [recompute, micro_batch, pipeline > 1, tensor > 1].join();
+  }
 }
 
 const median = (numbers: readonly number[]): number => numbers.toSorted((a, b) => a - b)[Math.floor(numbers.length / 2)] ?? 1;

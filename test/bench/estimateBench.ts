@@ -15,7 +15,7 @@ import { loadTarget } from "../../src/codegen/targets.ts";
 import { compile } from "../../src/compile.ts";
 import { readJob } from "../../src/frontend/readJobNow.ts";
 import { largest } from "../../src/units.ts";
-import { estimateRow, type PublishedRow, planOfRow, readTable } from "./estimateRows.ts";
+import { estimateRow, memoryOfRow, type PublishedRow, readTable } from "./estimateRows.ts";
 
 const named = process.argv.slice(2);
 const part = named.find((word) => word === "here" || word === "published");
@@ -86,15 +86,14 @@ async function published(): Promise<void> {
   for (const stack of [...new Set(rows.map(({ device, stack }) => `${device} ${stack}`))].sort()) {
     const own = rows.filter((row) => `${row.device} ${row.stack}` === stack && !isExcluded(row));
     if (own.length === 0) continue;
-    head(`row, ${stack}`, "GPUs, tp pp vpp cp ep", "measured, s", "estimate, s", "error", "memory, GiB", "plan's peak", "error", "use");
+    head(`row, ${stack}`, "GPUs, tp pp vpp cp ep", "measured, s", "estimate, s", "error", "memory, GiB", "estimate, GiB", "error", "use");
     for (const row of own) {
       const { seconds } = await estimateRow(row);
-      const { memory } = await planOfRow(row);
-      const peak = largest(memory, (m) => m.peak) / 2 ** 30;
+      const allocates = memoryOfRow(row) / 2 ** 30;
       const measured = Number(row.seconds);
       const allocated = Number(row.memory_gib);
       const hasMemory = Number.isFinite(allocated);
-      all.push({ row, time: error(seconds, measured), memory: hasMemory ? error(peak, allocated) : undefined });
+      all.push({ row, time: error(seconds, measured), memory: hasMemory ? error(allocates, allocated) : undefined });
       print([
         `${row.id} ${row.model}${row.routing === "natural" ? ", natural routing" : ""}`,
         `${row.gpus}, ${row.tp} ${row.pp} ${row.vpp} ${row.cp} ${row.ep}`,
@@ -102,8 +101,8 @@ async function published(): Promise<void> {
         seconds.toPrecision(4),
         signed(error(seconds, measured)),
         hasMemory ? allocated.toFixed(1) : "",
-        peak.toFixed(1),
-        hasMemory ? signed(error(peak, allocated)) : "",
+        allocates.toFixed(1),
+        hasMemory ? signed(error(allocates, allocated)) : "",
         row.use ?? "",
       ]);
     }

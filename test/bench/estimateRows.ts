@@ -1,6 +1,7 @@
 /** The published rows of test/fixtures/estimate as jobs of rankc, and their estimates. */
 import { readFileSync } from "node:fs";
 import { parse, stringify } from "yaml";
+import type { Job } from "../../schemas/job.ts";
 import type { Plan } from "../../schemas/plan.ts";
 import { type Estimate, estimate } from "../../src/analysis/estimate/estimate.ts";
 import { packageProfile } from "../../src/analysis/estimate/profiles.ts";
@@ -51,17 +52,47 @@ function jobText(row: PublishedRow): string {
 
 const plans = new Map<string, Plan>();
 
+/** Returns the job of a row. Throws with the findings of a job that rankc refuses. */
+export function jobOfRow(row: PublishedRow): Job {
+  const { job, findings } = readJob(jobText(row), `${row.id}.yaml`);
+  if (!job) throw new Error(`${row.id}: ${findings.map(({ code, found }) => `${code} ${found}`).join("; ")}`);
+  return job;
+}
+
 /** Compiles the job of a row, once for equal jobs. Throws with the findings of a job that rankc refuses. */
 export async function planOfRow(row: PublishedRow): Promise<Plan> {
-  const text = jobText(row);
-  const key = text.replace(/^name:.*$/m, "");
+  const key = jobText(row).replace(/^name:.*$/m, "");
   const known = plans.get(key);
   if (known) return known;
-  const { job, findings } = readJob(text, `${row.id}.yaml`);
-  if (!job) throw new Error(`${row.id}: ${findings.map(({ code, found }) => `${code} ${found}`).join("; ")}`);
+  const job = jobOfRow(row);
   const { plan } = compile(job, { target: (await loadDeviceTargets())(job.cluster.device) });
   plans.set(key, plan);
   return plan;
+}
+
+const peaks = new Map<string, number>();
+
+/**
+ * Returns the bytes that Megatron allocates on the rank with the most memory. Its kernels are not rankc's: nothing is fused, so the plan is that of
+ * the target cpu. Its loss has logits in bf16 and in f32 at once, and the head's weight gradient is a bf16 value of its own beside the gradient of
+ * the logits, before it is added to the f32 one; rankc needs neither.
+ */
+export function memoryOfRow(row: PublishedRow): number {
+  const key = jobText(row).replace(/^name:.*$/m, "");
+  const known = peaks.get(key);
+  if (known !== undefined) return known;
+  const job = jobOfRow(row);
+  const { tensor, context } = job.parallel;
+  const { hidden, seq, vocab } = job.model;
+  const logits = (job.train.micro_batch * seq * vocab) / (context * tensor);
+  const ofHead = Math.max((2 + 4) * logits, 2 * logits + (2 * vocab * hidden) / tensor);
+  const { memory } = compile(job).plan;
+  const stages = memory.map(({ peak, workspace }, stage) =>
+    stage === memory.length - 1 ? peak - workspace + Math.max(workspace, ofHead) : peak,
+  );
+  const bytes = Math.max(...stages);
+  peaks.set(key, bytes);
+  return bytes;
 }
 
 /** Estimates a row by the profile of its device and stack. */
