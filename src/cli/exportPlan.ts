@@ -12,6 +12,8 @@ interface PlanExportOptions extends JobOptions {
   readonly out: string;
   readonly stage?: number;
   readonly ranks?: string;
+  readonly estimate?: true;
+  readonly device?: string;
 }
 
 /** The content of one file, in pieces. */
@@ -23,8 +25,15 @@ interface PlanFormat {
   readonly description: string;
   readonly chooses: boolean;
   readonly folder?: true;
+  /** Whether `--estimate` gives it seconds. */
+  readonly estimates?: true;
   readonly examples: readonly string[];
-  files(plan: Plan, ranks: readonly number[], out: string): Promise<Iterable<readonly [path: string, content: Pieces]>>;
+  files(
+    plan: Plan,
+    ranks: readonly number[],
+    out: string,
+    options: Pick<PlanExportOptions, "estimate" | "device">,
+  ): Promise<Iterable<readonly [path: string, content: Pieces]>>;
 }
 
 const stagesOf = ({ mesh }: Plan, ranks: readonly number[]): number[] =>
@@ -35,8 +44,27 @@ const formats: readonly PlanFormat[] = [
     name: "trace",
     description: "write the schedule as a trace for Perfetto: a process for each rank, in units of a forward block",
     chooses: true,
-    examples: ["export trace plan/ -o plan.trace.json", "export trace plan/ -o plan.trace.json --ranks 0-7"],
-    async files(plan, ranks, out) {
+    estimates: true,
+    examples: [
+      "export trace plan/ -o plan.trace.json",
+      "export trace plan/ -o plan.trace.json --ranks 0-7",
+      "export trace job.yaml -o estimate.trace.json --estimate --stage 0",
+    ],
+    async files(plan, ranks, out, { estimate, device }) {
+      if (estimate) {
+        const [{ estimateTrace }, { profileFor }] = await Promise.all([
+          import("../convert/plan/estimateTrace.ts"),
+          import("./deviceProfile.ts"),
+        ]);
+        const profile = profileFor(plan.job.cluster.device, device);
+        if (!profile)
+          throw new Trouble(
+            `${plan.job.cluster.device} has no device profile, so no step can be estimated`,
+            "name a profile with --device",
+          );
+        return [[out, estimateTrace(plan, ranks, profile)]];
+      }
+      if (device !== undefined) throw new Trouble("--device is given without --estimate", "add --estimate");
       const { scheduleTimes, scheduleTrace } = await import("../convert/plan/scheduleTrace.ts");
       return [[out, scheduleTrace(plan, ranks, scheduleTimes(plan))]];
     },
@@ -110,6 +138,10 @@ export function registerExportPlan(program: Command): void {
       command
         .option("--stage <stage>", "one rank of this stage (default: one rank of each stage)", wholeNumber)
         .option("--ranks <list>", "these ranks, such as 0-7,64, or all", listText);
+    if (format.estimates)
+      command
+        .option("--estimate", "each instruction in seconds by the estimate, with the tracks of run --profile, in place of the schedule")
+        .option("--device <profile>", "with --estimate: the device profile, by name or file (default: that of cluster.device)");
     withExamples(command, ...format.examples).action((path: string, options: PlanExportOptions) => exportPlan(format, path, options));
   }
 }
@@ -119,13 +151,20 @@ function listText(text: string): string {
   return text;
 }
 
-async function exportPlan(format: PlanFormat, path: string, { out, stage, ranks: list, ...job }: PlanExportOptions): Promise<void> {
+async function exportPlan(
+  format: PlanFormat,
+  path: string,
+  { out, stage, ranks: list, estimate, device, ...job }: PlanExportOptions,
+): Promise<void> {
   if (format.folder) expectWritableFolder(out);
   else expectWritable(out);
-  const [{ loadPlan }, { chosenRanks }] = await Promise.all([import("./loadPlan.ts"), import("../convert/plan/ranks.ts")]);
-  const { plan } = await loadPlan(path, job);
+  const [{ loadPlan, loadPlanForDevice }, { chosenRanks }] = await Promise.all([
+    import("./loadPlan.ts"),
+    import("../convert/plan/ranks.ts"),
+  ]);
+  const { plan } = await (estimate ? loadPlanForDevice : loadPlan)(path, job);
   const ranks = chosenRanks(plan.mesh, { stage, ranks: list });
-  writeStreams(await format.files(plan, ranks, out), out);
+  writeStreams(await format.files(plan, ranks, out, { ...(estimate && { estimate }), ...(device !== undefined && { device }) }), out);
   printStdout(
     `${out}: ${format.chooses ? `${plural(ranks.length, "rank")} of ${plan.mesh.world}` : plural(plan.programs.length, "stage")}`,
   );

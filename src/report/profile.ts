@@ -119,11 +119,17 @@ export function printProfile(plan: Plan, timings: readonly Timing[], most = 40):
   return `where the time of a step went: ${((end - begin) / 1e3).toFixed(3)} ms from first to last, ${ranks} rank${ranks === 1 ? "" : "s"}${hasPeak ? `; peak of ${plan.job.cluster.device}` : ""}\n${lines.join("\n")}\n`;
 }
 
+/** Returns the tracks of a rank in a trace of timings: its streams. */
+export const profileTracks = (timings: readonly Timing[]): string[] => [...new Set(timings.map(({ stream }) => stream))].sort();
+
+/** Returns a timing as a slice of a trace: named by its instruction, of the category of its op. */
+export const sliceOfTiming = (timing: Timing): TraceSlice => ({ ...timing, name: timing.id, category: timing.op });
+
 /** Returns a trace in the Chrome trace format: one process per rank, one track per stream. */
 export function traceOf(timings: readonly Timing[]): string {
-  const streams = [...new Set(timings.map((t) => t.stream))].sort();
+  const streams = profileTracks(timings);
   const ranks = [...new Set(timings.map((t) => t.rank))].sort((a, b) => a - b);
-  const slices = (rank: number): TraceSlice[] => timings.flatMap((t) => (t.rank === rank ? [{ ...t, name: t.id, category: t.op }] : []));
+  const slices = (rank: number): TraceSlice[] => timings.flatMap((t) => (t.rank === rank ? [sliceOfTiming(t)] : []));
   return [
     ...traceText(
       ranks.map((rank) => ({ rank, name: `rank ${rank}`, slices: () => slices(rank) })),

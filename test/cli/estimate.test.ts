@@ -22,6 +22,7 @@ import { printWhy } from "../../src/report/whyText.ts";
 import { secondsText } from "../../src/units.ts";
 import { root } from "../support/checkout.ts";
 import { jobOf } from "../support/job.ts";
+import { rankc } from "../support/rankc.ts";
 
 const profile = packageProfile("h100-80gb")!;
 const planOf = (parallel: object) =>
@@ -38,6 +39,9 @@ const planOf = (parallel: object) =>
 const staged = planOf({ pipeline: 2, expert: 4 });
 const flat = planOf({ expert: 8 });
 const { seconds, simulation, stages } = estimate(staged, { profile });
+
+const folder = mkdtempSync(join(tmpdir(), "rankc-calibrate-"));
+afterAll(() => rmSync(folder, { recursive: true, force: true }));
 
 test("the first screen has the time of a step, what it is made of, and still 40 lines of 80 columns", () => {
   const lines = paint(printOverview(staged, inspectPlan(staged, { profile }), [], 80), false).split("\n");
@@ -86,6 +90,23 @@ test("a trace of the estimate has the ids, ops and names of streams of a profile
   expect(trace.traceEvents.filter(({ ph }) => ph === "X")).toHaveLength(timings.length);
 });
 
+test("export trace --estimate writes the estimate with the tracks of a profile, for the chosen ranks", async () => {
+  const out = join(folder, "estimate.trace.json");
+  const job = join(root, "plans/tiny-mixtral/job.yaml");
+  const { err, exit } = await rankc("export", "trace", job, "-o", out, "--estimate", "--device", "h100-80gb", "--ranks", "0,1");
+  expect([err, exit]).toEqual(["", 0]);
+  const { traceEvents } = JSON.parse(readFileSync(out, "utf8")) as {
+    traceEvents: { ph: string; name: string; pid: number; args?: { name: string } }[];
+  };
+  const tracks = traceEvents.filter(({ name }) => name === "thread_name").map(({ args }) => args?.name);
+  expect(tracks).toContain("compute");
+  expect(tracks).toContain("comm");
+  const counts = [0, 1].map((rank) => traceEvents.filter(({ ph, pid }) => ph === "X" && pid === rank).length);
+  expect(counts[0]).toBeGreaterThan(50);
+  expect(counts[1]).toBe(counts[0]);
+  expect((await rankc("export", "trace", job, "-o", out, "--estimate")).err).toContain("cpu has no device profile");
+});
+
 test("a profile calibrated on simulated steps estimates the plan as the simulated machine runs it", () => {
   const machine = { ...profile, kernels: { ...profile.kernels, clock: 0.5, launch_us: 0 }, overlap: { ...profile.overlap, slowdown: 0 } };
   const real = estimate(flat, { profile: machine });
@@ -96,9 +117,6 @@ test("a profile calibrated on simulated steps estimates the plan as the simulate
   expect(again.sources.measured).toBeGreaterThan(0.95);
   expect(Math.abs(again.seconds / real.seconds - 1)).toBeLessThan(0.02);
 });
-
-const folder = mkdtempSync(join(tmpdir(), "rankc-calibrate-"));
-afterAll(() => rmSync(folder, { recursive: true, force: true }));
 
 test("calibrate measures the CPU backend and writes a profile that inspect takes", async () => {
   const out = join(folder, "own.json");
