@@ -28,7 +28,7 @@ export function registerSearch(program: Command): void {
         [],
       )
       .option("--top <n>", "rows of the table", atLeastOne, 10)
-      .option("--plans <n>", "plans to compile at most", atLeastOne, 24),
+      .option("--plans <n>", "plans to compile at most", atLeastOne, 20),
     "search job.yaml",
     "search job.yaml --gpus 64 --device h100-80gb",
     "search job.yaml --fix tensor=1 --top 5 --format json",

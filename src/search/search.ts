@@ -13,6 +13,7 @@ import { peakOf } from "../rules/all.ts";
 import { jobRules } from "../rules/jobRules.ts";
 import { choicesOf, type FixedKeys, type JobChoice, jobWith, type KeptKeys, searchedKeys } from "./choice.ts";
 import { forecast, forecastBase } from "./forecast.ts";
+import { type Conflict, conflictOf } from "./waysOut.ts";
 
 /** Settings of a search. */
 export interface SearchOptions {
@@ -22,7 +23,7 @@ export interface SearchOptions {
   readonly given?: KeptKeys;
   /** The kernels of the device; default cpu, which has none. */
   readonly target?: Target;
-  /** Plans to compile at most; default 24. */
+  /** Plans to compile at most; default 20. */
   readonly plans?: number;
   /** The job with the degrees that its file has, to compare with. */
   readonly written?: Job | undefined;
@@ -71,6 +72,8 @@ export interface SearchResult {
   readonly choices: number;
   readonly ruledOut: readonly RuledOut[];
   readonly memory: number;
+  /** Where nothing fits: why, and what would. */
+  readonly conflict?: Conflict;
 }
 
 /** Choices of one mesh that are compiled at most: their forecasts differ little. */
@@ -90,7 +93,7 @@ const MOST_TOO_LARGE = 64;
 /** Searches. Throws a BrokenInvariant for bugs alone; a job that no choice fits has an empty `best`. */
 export function search(
   job: Job,
-  { profile, fixed = {}, given = {}, target = cpu, plans = 24, written, onProgress }: SearchOptions,
+  { profile, fixed = {}, given = {}, target = cpu, plans = 20, written, onProgress }: SearchOptions,
 ): SearchResult {
   const memory = deviceOf(job.cluster.device).memory;
   const base = forecastBase(job, profile);
@@ -138,6 +141,7 @@ export function search(
     tooLarge: tooLarge.sort((a, b) => a.peak - b.peak),
     ...(written && firstError(written) === undefined && { written: timed(written, profile, target) }),
     ...{ choices: all.length, memory },
+    ...(judged.length === 0 && { conflict: conflictOf(job, { profile, target, fixed, given }) }),
     ruledOut: [...ruledOut].map(([reason, choices]) => ({ reason, choices })).sort((a, b) => b.choices - a.choices),
   };
 }

@@ -82,15 +82,22 @@ function frontLines(best: readonly Candidate[], width: number): string[] {
   return ["", bold("less memory for more time"), ...fitTable(columns, front.map(rowOf), { width })];
 }
 
-/** Says how much memory is missing, and which given keys stand in the way. */
-function nothingFits({ tooLarge, memory }: SearchResult, fixed: FixedKeys, width: number): string[] {
+/** Says how much memory is missing, which given keys conflict, and what would fit. */
+function nothingFits({ tooLarge, memory, conflict }: SearchResult, fixed: FixedKeys, width: number): string[] {
   const [least] = tooLarge;
-  if (!least) return ["  no choice is valid; the rules that exclude them are below"];
-  const given = Object.entries(fixed).map(([key, value]) => `${key}=${value}`);
-  const free = given.length > 0 ? `leave out --fix ${given.join(" --fix ")}, ` : "";
-  return [
-    ...wrap(`  nothing fits: the least memory found is ${bytesText(least.peak)}, and the device has ${bytesText(memory)}`, width, "  "),
-    ...fitTable(columns, tooLarge.slice(0, 3).map(sizesOf), { width }),
-    ...wrap(`  ${free}use more ranks (--gpus), a device with more memory (--device), or a lower model.moe.rows_bound`, width, "  "),
-  ];
+  const lack = `the least memory found is ${bytesText(least?.peak ?? 0)}, and the device has ${bytesText(memory)}`;
+  const lines = wrap(least ? `  nothing fits: ${lack}` : "  no choice is valid; the rules that exclude them are below", width, "  ");
+  if (least) lines.push(...fitTable(columns, tooLarge.slice(0, 3).map(sizesOf), { width }));
+  const textOf = (key: keyof FixedKeys): string => `--fix ${key}=${fixed[key]}`;
+  const { keys = [], waysOut = [] } = conflict ?? {};
+  if (keys.length > 0)
+    lines.push(...wrap(`  nothing fits with ${keys.map(textOf).join(" ")}, and no fewer of the given keys exclude all`, width, "  "));
+  for (const { change, peak } of waysOut) {
+    const without =
+      "ranks" in change ? `on ${plural(change.ranks, "rank")} (--gpus ${change.ranks})` : `without ${textOf(change.leaveOut)}`;
+    lines.push(...wrap(`  fits ${without}: ${bytesText(peak)}`, width, "  "));
+  }
+  const others = `a device with more memory (--device)${waysOut.length === 0 ? ", more ranks (--gpus)" : ""}, or a lower model.moe.rows_bound`;
+  lines.push(...wrap(`  other ways out: ${others}`, width, "  "));
+  return lines;
 }

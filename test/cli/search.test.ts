@@ -72,7 +72,27 @@ test("where nothing fits, the least memory, the given keys and the ways out are 
   expect(result.best).toEqual([]);
   const printed = printSearch(big, result, { top: 3, width: 80, fixed: { recompute: "full" } }).join("\n");
   expect(printed).toMatch(/nothing fits: the least memory found is 1\d\d(\.\d)? GiB, and the device has 80/);
-  expect(printed).toContain("--fix recompute=full");
+  // eight layers of 8,192 need more than one device, whatever is recomputed
+  expect(result.conflict?.keys).toEqual([]);
+  expect(printed).toMatch(/fits on [248] ranks \(--gpus [248]\): \d+(\.\d)? GiB/);
+});
+
+test("where given keys alone exclude all, the fewest of them that conflict are named, and what fits without each", () => {
+  const deep = jobOf({
+    ...{ name: "deep", model: { layers: 32, hidden: 4096, heads: 32, ffn: 14336, vocab: 32000, seq: 8192 }, parallel: { world: 8 } },
+    ...{ train: { global_batch: 8, steps: 1, optimizer: { lr: 1e-3 } }, data: { path: "corpus.txt" } },
+    cluster: { nodes: 1, gpus_per_node: 8, device: "h100-80gb" },
+  });
+  const fixed = { micro_batch: 1, context: 1, tensor: 1, pipeline: 1, recompute: "none" } as const;
+  const { conflict, best } = search(deep, { profile, fixed, plans: 1 });
+  expect(best).toEqual([]);
+  expect(conflict?.keys.length).toBeGreaterThan(1);
+  expect(conflict?.keys).not.toContain("micro_batch");
+  for (const { change, peak } of conflict?.waysOut ?? []) {
+    if ("leaveOut" in change) expect(conflict?.keys).toContain(change.leaveOut);
+    expect(peak).toBeLessThanOrEqual(80 * 2 ** 30);
+  }
+  expect(conflict?.waysOut.some(({ change }) => "leaveOut" in change)).toBe(true);
 });
 
 test("the command prints a table or JSON, and refuses unknown keys and devices without a profile", async () => {
