@@ -74,6 +74,8 @@ export const opNames = [
   "head_layernorm_grad",
   "head_norm",
   "head_norm_grad",
+  "head_norm_rope",
+  "head_norm_rope_grad",
   "invert_rows",
   "jitter",
   "join",

@@ -386,6 +386,31 @@ interface CudaGemmWgmmaCu {
   readonly warpgroupsN: string | number;
 }
 
+interface CudaHeadRopeCu {
+  readonly angles: string | number;
+  readonly deep: string | number;
+  readonly dy: string | number;
+  readonly eps: string | number;
+  readonly grad: boolean;
+  readonly grid: string | number;
+  readonly heads: string | number;
+  readonly inverse: string | number;
+  readonly lanes: string | number;
+  readonly name: string | number;
+  readonly offset: string | number;
+  readonly parts: string | number;
+  readonly position: string | number;
+  readonly resident: string | number;
+  readonly sequence: string | number;
+  readonly strands: string | number;
+  readonly threads: string | number;
+  readonly tokens: string | number;
+  readonly vector: string | number;
+  readonly weight: string | number;
+  readonly x: string | number;
+  readonly y: string | number;
+}
+
 interface CudaHopperCuh {
 }
 
@@ -530,19 +555,15 @@ interface CudaReducePartialsCu {
 }
 
 interface CudaRopeCu {
+  readonly angles: string | number;
   readonly deep: string | number;
   readonly documents: boolean;
   readonly first: string | number;
-  readonly frequencies: string | number;
-  readonly gain: string | number;
   readonly heads: string | number;
-  readonly interleaved: string | number;
   readonly name: string | number;
-  readonly pairs: string | number;
   readonly parts: string | number;
   readonly position: string | number;
   readonly sequence: string | number;
-  readonly sine: string | number;
   readonly strands: string | number;
   readonly threads: string | number;
   readonly tokens: string | number;
@@ -550,6 +571,15 @@ interface CudaRopeCu {
   readonly width: string | number;
   readonly x: string | number;
   readonly y: string | number;
+}
+
+interface CudaRopeAnglesCuh {
+  readonly frequencies: string | number;
+  readonly gain: string | number;
+  readonly interleaved: string | number;
+  readonly pairs: string | number;
+  readonly sine: string | number;
+  readonly vector: string | number;
 }
 
 interface CudaRowReduceCu {
@@ -1355,6 +1385,7 @@ export interface Templates {
   readonly "cuda/gemm_mma.cu": CudaGemmMmaCu;
   readonly "cuda/gemm_tiles.cuh": CudaGemmTilesCuh;
   readonly "cuda/gemm_wgmma.cu": CudaGemmWgmmaCu;
+  readonly "cuda/head_rope.cu": CudaHeadRopeCu;
   readonly "cuda/hopper.cuh": CudaHopperCuh;
   readonly "cuda/invert_rows.cu": CudaInvertRowsCu;
   readonly "cuda/make_rows.cu": CudaMakeRowsCu;
@@ -1369,6 +1400,7 @@ export interface Templates {
   readonly "cuda/quantile_update.cu": CudaQuantileUpdateCu;
   readonly "cuda/reduce_partials.cu": CudaReducePartialsCu;
   readonly "cuda/rope.cu": CudaRopeCu;
+  readonly "cuda/rope_angles.cuh": CudaRopeAnglesCuh;
   readonly "cuda/row_reduce.cu": CudaRowReduceCu;
   readonly "cuda/rows.cu": CudaRowsCu;
   readonly "cuda/running_mean.cu": CudaRunningMeanCu;

@@ -16,7 +16,7 @@ export const targetNames: readonly string[] = ["cpu", ...profiles.map((p) => `we
  * Fusions after lowering, of which a target has all or none (src/passes/fuse.ts): the passes over a row of logits, sums of input gradients, sums
  * that norms read, outputs of activations.
  */
-export const fusions = ["statistics", "sums", "norm_sums", "activations"] as const;
+export const fusions = ["statistics", "sums", "norm_sums", "heads", "activations"] as const;
 /** The name of a fusion. */
 export type Fusion = (typeof fusions)[number];
 

@@ -5,8 +5,9 @@
 import type { Result } from "./formula.ts";
 import { gatedUnits } from "./gatedUnits.ts";
 import { gemm as product, runs } from "./matrixProduct.ts";
-import { rmsnorm, rmsnormGrad } from "./norm.ts";
+import { headNorm, headNormGrad, rmsnorm, rmsnormGrad } from "./norm.ts";
 import { formulaOp, invariant, op } from "./op.ts";
+import { rope } from "./rope.ts";
 
 /** The sum of the input gradients of two products of one input: dx = Σ dyᵢ·wᵢᵀ, rounded once. Sharding one depth alone would count the other twice. */
 export const gemmDgradPair = op({
@@ -122,6 +123,31 @@ export const rmsnormGradAddTriple = op({
   attrs: ["eps"],
   types: { dgain: "f32" },
   cpu: ({ dy1, dy2, dy3, ...t }, d, p) => rmsnormGradAdd.cpu({ ...t, dy: summed(dy1, dy2, dy3) }, d, p),
+});
+
+const rotation = ["interleaved", "sign", "theta", "scaling", "factor", "original", "low", "high", "gain", "chunk", "ranks"] as const;
+/** A norm of each head (its gain is `weight`), and the rotation of all its channels. */
+export const headNormRope = op({
+  name: "head_norm_rope",
+  sig: "x[B,S,H*C] weight[C!] -> y[B,S,H*C]",
+  attrs: ["eps", ...rotation],
+  cpu({ x, weight, y }, d, p) {
+    const normed = new Float32Array(x.length);
+    headNorm.cpu({ x, gain: weight, y: normed }, d, p);
+    rope.cpu({ x: normed, y }, { ...d, first: 0, width: d.C }, p);
+  },
+});
+/** The gradient of both: `sign` is the opposite of that of the rotation. */
+export const headNormRopeGrad = op({
+  name: "head_norm_rope_grad",
+  sig: "x[B,S,H*C] weight[C!] dy[B,S,H*C] -> dx[B,S,H*C] dweight[C!]",
+  attrs: ["eps", ...rotation],
+  types: { dweight: "f32" },
+  cpu({ x, weight, dy, dx, dweight }, d, p) {
+    const turned = new Float32Array(dy.length);
+    rope.cpu({ x: dy, y: turned }, { ...d, first: 0, width: d.C }, p);
+    headNormGrad.cpu({ x, gain: weight, dy: turned, dx, dgain: dweight }, d, p);
+  },
 });
 
 /** The maximum of each row of logits, and what softmax_terms returns for it, in one pass: of a vocabulary that no rank shards. `ids` as there. */

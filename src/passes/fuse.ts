@@ -6,6 +6,7 @@ import type { Chunk, Program } from "../../schemas/plan.ts";
 import type { Fusion } from "../codegen/targetNames.ts";
 import { returnActivationsAgain } from "./fusion/activations.ts";
 import { BufferUses } from "./fusion/bufferUses.ts";
+import { fuseHeads } from "./fusion/heads.ts";
 import { fuseNormSums, fuseSlopeSums } from "./fusion/norms.ts";
 import { fuseStatistics } from "./fusion/statistics.ts";
 import { fuseSums } from "./fusion/sums.ts";
@@ -19,6 +20,7 @@ function fuse(program: Program, kinds: ReadonlySet<Fusion>): Program {
   const uses = new BufferUses(program);
   function fused(c: Chunk): Chunk {
     let { forward, backward } = c;
+    if (kinds.has("heads")) [forward, backward] = [fuseHeads(forward, uses), fuseHeads(backward, uses)];
     if (kinds.has("statistics")) forward = fuseStatistics(forward);
     if (kinds.has("norm_sums")) forward = fuseNormSums(forward, uses);
     if (kinds.has("sums")) backward = fuseSums(backward, uses);

@@ -95,6 +95,20 @@ test("a norm that follows a sum of two sums reads all three addends, as does the
   `);
 });
 
+test("norms of heads rotate them, and so do their gradients", () => {
+  const counts = changes(jobWith({ qk_norm: "head" }));
+  expect(Object.fromEntries(Object.entries(counts).filter(([op]) => /head|rope/.test(op)))).toMatchInlineSnapshot(`
+    {
+      "head_norm": -4,
+      "head_norm_grad": -4,
+      "head_norm_rope": 4,
+      "head_norm_rope_grad": 4,
+      "rope": -8,
+    }
+  `);
+  expect(changes(jobWith({ qk_norm: "head", rope: { theta: 100, fraction: 0.5 } })).rope).toBe(undefined);
+});
+
 test("activations of experts are tokens, gate and up where copies of tokens are made again", () => {
   const recompute = { recompute: { mode: "selective", modules: ["moe_permute"] } };
   const job = jobWith(moe, {}, recompute);
@@ -111,7 +125,7 @@ const meshes = {
 };
 describe.each(Object.entries(meshes))("%s", (_, parallel) => {
   test.each([
-    ["dense", {}],
+    ["dense", { qk_norm: "head" }],
     ["experts", moe],
     ["experts and a shared one", { moe: { ...moe.moe, shared: { ffn: 16 } } }],
   ])("%s: losses and gradients are those of the program that is not fused", async (_, model) => {

@@ -121,6 +121,20 @@ const own: Readonly<Record<string, Readonly<Record<string, Sizes>>>> = {
     ]),
   ),
   ...Object.fromEntries(
+    ["head_norm_rope", "head_norm_rope_grad"].map((op) => [
+      op,
+      {
+        odd: { C: 6, interleaved: 1, ...{ scaling: 3, factor: 8, original: 100, low: 1, high: 4, gain: 1.25 } },
+        four: { interleaved: 1, chunk: 2, ranks: 3 },
+        aligned: { H: 9, sign: -1 },
+        large: { C: 72, ...{ scaling: 2, factor: 8, original: 64, low: 1, high: 4 }, chunk: 20, ranks: 2 },
+        long: { interleaved: 1, scaling: 1, factor: 4, gain: 0.5 },
+        // more threads than a warp has
+        wide: { C: 520 },
+      },
+    ]),
+  ),
+  ...Object.fromEntries(
     ["split", "join"].map((op) => [
       op,
       {
