@@ -284,6 +284,7 @@ interface CudaEmbedGradCu {
   readonly columns: string | number;
   readonly dtable: string | number;
   readonly dy: string | number;
+  readonly ids: string | number;
   readonly name: string | number;
   readonly threads: string | number;
   readonly tokens: string | number;

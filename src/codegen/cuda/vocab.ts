@@ -73,6 +73,8 @@ function sumOfSources(spec: SpecOf<typeof sourceLosses>): GeneratedKernel {
 const THREADS = 128;
 /** Tokens that a block lists before it sums their rows: 13 bytes of shared memory each. */
 const CAPACITY = 2048;
+/** Ids that a thread reads at once: those of a block fit into its list twice. */
+const IDS = 8;
 
 function sumRowsOfIds(spec: SpecOf<typeof embedGrad>): GeneratedKernel {
   const { V, D } = spec.d;
@@ -88,6 +90,7 @@ function sumRowsOfIds(spec: SpecOf<typeof embedGrad>): GeneratedKernel {
       vector,
       threads: THREADS,
       capacity: CAPACITY,
+      ids: IDS,
       buckets,
       tokens,
       vocabulary: V,
