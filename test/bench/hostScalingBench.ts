@@ -38,6 +38,8 @@ interface Mesh {
   /** Sequences a microbatch has, over ranks that share it. */
   readonly micro?: number;
   readonly batch: number;
+  /** Further keys of train. */
+  readonly train?: object;
   /** The mesh of one GPU that does as many microbatches. */
   readonly alone: string;
   /** The least share of linear scaling that is aimed at. */
@@ -58,7 +60,13 @@ const meshes: Readonly<Record<string, Mesh>> = {
     goal: 0.95,
   },
   "data 2": { parallel: data, batch: 4, alone: one },
-  "data 2, overlap": { parallel: { ...data, ...buckets }, batch: 4, alone: one, goal: 0.95 },
+  "data 2, overlap": { parallel: { ...data, ...buckets }, batch: 4, alone: one },
+  "data 2, overlap, 16 multiprocessors": { parallel: { ...data, ...buckets, communication_sms: 16 }, batch: 4, alone: one },
+  "data 2, overlap, 8 multiprocessors": { parallel: { ...data, ...buckets, communication_sms: 8 }, batch: 4, alone: one },
+  "data 2, overlap, 16 multiprocessors, sums in bf16": {
+    ...{ parallel: { ...data, ...buckets, communication_sms: 16 }, train: { gradient_reduction: "bf16" } },
+    ...{ batch: 4, alone: one, goal: 0.95 },
+  },
   "tensor 2, expert 2": { parallel: { ...tensor, expert: 2 }, micro: 4, batch: 4, alone: one, goal: 0.85 },
   [eight]: { parallel: { world: 1 }, batch: 16, alone: eight },
   "pipeline 2, zero-bubble, 8 microbatches": { parallel: { ...pipeline, schedule: "zero_bubble" }, batch: 16, alone: eight, goal: 0.9 },
@@ -167,9 +175,9 @@ async function measure(name: string, mesh: Mesh) {
   const [at, log] = [fileOf(name), `${fileOf(name)}.log`];
   const all = ["--backend", values.backend, "--data-dir", folder];
   const { result, mib } = await memoryDuring(rankc(log, "run", at, ...all, "--steps", String(steps + 4), "--metrics", `${at}.jsonl`));
-  const profile = result.exit === 0 ? await rankc(log, "run", at, ...all, "--steps", "3", "--profile", `${at}.trace.json`) : result;
-  if (result.exit !== 0 || profile.exit !== 0) {
-    faults.push(`${name}: exit ${result.exit}, with --profile ${profile.exit}: ${readFileSync(log, "utf8").slice(-1500)}`);
+  const profiled = result.exit === 0 ? await rankc(log, "run", at, ...all, "--steps", "3", "--profile", `${at}.trace.json`) : result;
+  if (result.exit !== 0 || profiled.exit !== 0) {
+    faults.push(`${name}: exit ${result.exit}, with --profile ${profiled.exit}: ${readFileSync(log, "utf8").slice(-1500)}`);
     return undefined;
   }
   const lines = readFileSync(`${at}.jsonl`, "utf8")
@@ -180,9 +188,7 @@ async function measure(name: string, mesh: Mesh) {
   const plan: Plan = JSON.parse(readFileSync(join(at, "plan.json"), "utf8"));
   const seconds = median(rows.slice(4).map((r) => r.seconds));
   const moves = plan.programs.flatMap(instructionsOf).filter((i) => i.kind !== "compute");
-  const estimated = existsSync(join(folder, "link.json"))
-    ? await rankc(log, "inspect", at, "--time", "--device", join(folder, "link.json"), "--format", "json")
-    : undefined;
+  const estimated = existsSync(profile) ? await rankc(log, "inspect", at, "--time", "--device", profile, "--format", "json") : undefined;
   return {
     ...{ seconds, mib, losses: rows.map((r) => r.loss as number) },
     ...communicationOf(`${at}.trace.json`, new Set(moves.map(({ id }) => id))),
@@ -196,8 +202,8 @@ rmSync(folder, { recursive: true, force: true });
 mkdirSync(folder, { recursive: true });
 writeIds(32 * (steps + 8));
 const compiled = await Promise.all(
-  chosen.map(async ([name, { parallel, micro = 2, batch }]) => {
-    const train = { ...base.train, micro_batch: micro, global_batch: batch, optimizer: { type: "adamw", lr: 1e-6 } };
+  chosen.map(async ([name, { parallel, micro = 2, batch, train: more }]) => {
+    const train = { ...base.train, micro_batch: micro, global_batch: batch, optimizer: { type: "adamw", lr: 1e-6 }, ...more };
     const job = { ...base, name: "scaling", parallel, train, data: { path: "ids.bin" } };
     writeFileSync(`${fileOf(name)}.yaml`, stringify(job));
     const { exit } = await rankc(
@@ -214,19 +220,24 @@ const compiled = await Promise.all(
     return exit === 0;
   }),
 );
-const first = chosen.find(([, m]) => m.parallel && "expert" in m.parallel);
-if (first)
-  await rankc(
-    join(folder, "calibrate.log"),
-    "calibrate",
-    fileOf(first[0]),
-    "--backend",
-    values.backend,
-    "--seconds",
-    "20",
-    "-o",
-    join(folder, "link.json"),
-  );
+/** Links: exchanges of rows and sums from one mesh, then reductions and gathers of many sizes from the other. */
+const profile = join(folder, "link.json");
+for (const name of ["expert 2", "data 2"])
+  if (chosen.some(([other]) => other === name)) {
+    const known = existsSync(profile) ? ["--base", profile] : [];
+    await rankc(
+      join(folder, "calibrate.log"),
+      "calibrate",
+      fileOf(name),
+      "--backend",
+      values.backend,
+      "--seconds",
+      "15",
+      ...known,
+      "-o",
+      profile,
+    );
+  }
 
 const gpus =
   spawnSync("nvidia-smi", ["--query-gpu=name,driver_version", "--format=csv,noheader"], { encoding: "utf8" }).stdout?.trim() ?? "";

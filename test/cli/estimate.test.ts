@@ -115,6 +115,11 @@ test("a profile calibrated on simulated steps estimates the plan as the simulate
   const own = calibrated(base, flat, timingsOf(flat, real.simulation), source);
   const again = estimate(flat, { profile: parseProfile(JSON.stringify(own), "own.json") });
   expect(again.sources.measured).toBeGreaterThan(0.95);
+  // tables of collectives that the plan lacks, and of groups of other sizes, stay
+  for (const [how, rows] of Object.entries(base.links.host.tables ?? {})) {
+    const kept = (own.links.host.tables as Record<string, { ranks: number }[]> | undefined)?.[how] ?? [];
+    expect(kept.map(({ ranks }) => ranks)).toEqual(expect.arrayContaining(rows.map(({ ranks }) => ranks)));
+  }
   expect(Math.abs(again.seconds / real.seconds - 1)).toBeLessThan(0.02);
 });
 

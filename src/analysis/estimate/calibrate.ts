@@ -56,7 +56,7 @@ export function calibrated(base: DeviceProfile, plan: Plan, timings: readonly Ti
     const scaled = (share: number): number => Number(Math.min(2, Math.max(1e-6, share / ratio)).toPrecision(4));
     families[family] = { ...law, peak_share: scaled(law.peak_share), bandwidth_share: scaled(law.bandwidth_share) };
   }
-  const tables = { ...base.links.host.tables, ...tablesOf(collectives) };
+  const tables = merged(base.links.host.tables, tablesOf(collectives));
   return {
     ...profile,
     sources: [
@@ -123,8 +123,22 @@ function stageShapes(plan: Plan, stage: number) {
   return { kernels, collectives };
 }
 
+type Tables = DeviceProfile["links"]["host"]["tables"];
+
+/** Returns the measured tables, and of `base` those of other collectives and of groups of other sizes. */
+function merged(base: Tables, measured: Tables): Tables {
+  const kinds = Object.keys({ ...base, ...measured }) as CollectiveKind[];
+  return Object.fromEntries(
+    kinds.map((how) => {
+      const rows = measured?.[how] ?? [];
+      const others = (base?.[how] ?? []).filter(({ ranks }) => !rows.some((row) => row.ranks === ranks));
+      return [how, [...rows, ...others].sort((a, b) => a.ranks - b.ranks)];
+    }),
+  );
+}
+
 /** Returns the tables of the measured collectives: of each the least time, because a rank that arrives early also waits for the others. */
-function tablesOf(collectives: readonly Samples<MeasuredCollective>[]): DeviceProfile["links"]["host"]["tables"] {
+function tablesOf(collectives: readonly Samples<MeasuredCollective>[]): Tables {
   const tables: Partial<Record<CollectiveKind, CollectiveRates[]>> = {};
   const sorted = [...collectives].sort((a, b) => a.of.ranks - b.of.ranks || a.of.bytes - b.of.bytes);
   for (const { of, us } of sorted) {
