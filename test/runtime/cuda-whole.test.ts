@@ -140,6 +140,7 @@ describe.skipIf(missing)(`whole plans, emulated${missing}`, () => {
           parallel,
           train: {
             ...{ micro_batch: 1, global_batch: 4, steps: 4, precision, optimizer: { lr: 1e-2 } },
+            metrics: { parameter_norm: true, router_entropy: true },
             ...(precision === "fp16" ? { loss_scale } : {}),
           },
           data: { path: "corpus.txt" },

@@ -20,12 +20,22 @@ import { withoutF16 } from "../support/wgslExecutor.ts";
 const W = 32;
 const model = { layers: 2, hidden: W, ffn: W, heads: 4, kv_heads: 4, head_dim: W / 4, vocab: 256, seq: 16 };
 const moe = { experts: 4, top_k: 2, ffn: W, router: { normalize_top_k: true, balance: "aux_loss", aux_coeff: 0.05, z_coeff: 0.01 } };
+const all = { parameter_norm: true, router_entropy: true };
 const jobWith = (parallel: object, more: object = {}, train: object = {}, data: object = {}): Job =>
   jobOf({
     name: "webgpu",
     model: { ...model, ...more },
     parallel,
-    train: { micro_batch: 1, global_batch: 4, steps: 2, precision: "fp32", init: { std: 0.2 }, optimizer: { lr: 1e-2 }, ...train },
+    train: {
+      micro_batch: 1,
+      global_batch: 4,
+      steps: 2,
+      precision: "fp32",
+      init: { std: 0.2 },
+      optimizer: { lr: 1e-2 },
+      metrics: all,
+      ...train,
+    },
     // where the text begins, sequences are one letter over and over: equals, among which rounding would choose
     data: { path: "corpus.txt", tokenizer: "bytes", order: "shuffled", ...data },
   });
@@ -140,10 +150,17 @@ describe.skipIf(noAdapter)(`on WebGPU${noAdapter ? `: skipped, ${noAdapter}` : "
       if (fp16) expect(want.metrics.map((m) => m.skipped)).toEqual([true, true, false, false]);
       else if (name in long) expect(want.metrics.map((m) => m.tokens / 16)).toEqual([2, 2, 4]);
       for (const [step, metrics] of want.metrics.entries())
-        for (const name of ["loss", "aux_loss", ...(metrics.skipped ? [] : ["grad_norm" as const])] as const)
-          expect(Math.abs(got.metrics[step]![name] - metrics[name]), `${name} of step ${step}`).toBeLessThan(
-            1e-4 * Math.max(1, metrics[name]),
-          );
+        for (const name of [
+          "loss",
+          "aux_loss",
+          "parameter_norm",
+          "router_entropy",
+          ...(metrics.skipped ? [] : ["grad_norm" as const]),
+        ] as const) {
+          const [found, expected] = [got.metrics[step]![name], metrics[name]];
+          expect(found === undefined).toBe(expected === undefined);
+          expect(Math.abs((found ?? 0) - (expected ?? 0)), `${name} of step ${step}`).toBeLessThan(1e-4 * Math.max(1, expected ?? 0));
+        }
       expect(got.evaluations).toHaveLength(name.endsWith("moments apart") ? 2 : 0);
       for (const [i, loss] of want.evaluations.entries()) expect(got.evaluations[i]).toBeCloseTo(loss, 4);
       // far above the order of sums, far below any mistake
