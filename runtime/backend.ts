@@ -159,8 +159,8 @@ export interface Comm {
   recv(rank: number, i: Transfer, at: BlockPosition): boolean;
 }
 
-/** What the ranks run together: a training step, or a batch of an evaluation. */
-export type StepKind = "training" | "evaluation";
+/** What the ranks run together: a training step, one with the instructions of logged steps, or a batch of an evaluation. */
+export type StepKind = "training" | "logged" | "evaluation";
 
 /** The ranks of one process, on one kind of device. */
 export interface LocalRanks {

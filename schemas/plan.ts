@@ -91,7 +91,10 @@ const ordering = {
     .min(1)
     .optional()
     .describe("asynchronous collectives that must have ended before this begins; all of them end with the step"),
-  only: z.literal("last").optional().describe("runs for the last microbatch of a step only"),
+  only: z
+    .enum(["last", "logged"])
+    .optional()
+    .describe("last: runs for the last microbatch of a step only; logged: in steps only whose numbers are logged"),
 };
 
 /** An op on local buffers. */

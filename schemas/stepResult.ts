@@ -29,7 +29,7 @@ export interface StepResult {
   readonly router_entropy?: number;
   /** Before clipping. */
   readonly grad_norm: number;
-  /** With train.metrics: the norm of all weights after the step. */
+  /** With train.metrics: the norm of all weights after the step; only of a detailed step. */
   readonly parameter_norm?: number;
   readonly lr: number;
   readonly tokens: number;

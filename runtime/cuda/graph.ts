@@ -32,8 +32,8 @@ interface Replay {
 }
 
 /**
- * The step controller of a rank. With `graph: false` it issues every step call by call. Training steps and batches of an evaluation have
- * graphs of their own.
+ * The step controller of a rank. With `graph: false` it issues every step call by call. Training steps, those with instructions of logged steps, and
+ * batches of an evaluation have graphs of their own.
  */
 export class Steps {
   readonly #recordings: Readonly<Record<StepKind, Recording>>;
@@ -41,7 +41,7 @@ export class Steps {
 
   constructor(context: Context, stream: Stream, settings: { readonly graph: boolean }) {
     const recording = (): Recording => new Recording(context, stream, settings);
-    this.#recordings = { training: recording(), evaluation: recording() };
+    this.#recordings = { training: recording(), logged: recording(), evaluation: recording() };
   }
 
   /** The mode of the current step; undefined between steps. */
@@ -51,8 +51,8 @@ export class Steps {
 
   /** Begins a step with so many microbatches. */
   begin(microbatches: number, kind: StepKind = "training"): Mode {
-    // the device does not wait for the host during an evaluation
-    if (kind === "evaluation") this.#recordings.training.interrupt();
+    // the device does not wait for the host during other work
+    if (kind !== "training") this.#recordings.training.interrupt();
     this.#current = this.#recordings[kind];
     return this.#current.begin(microbatches);
   }

@@ -111,6 +111,15 @@ export function runOn(plan: Plan, inputs: RunInputs): Run {
 /** A device that needs longer than this to finish was busy, in ms. */
 const BUSY = 0.05;
 
+/** How the ranks walk a step. */
+interface Walk {
+  /** The batch in the order of the ranks. */
+  readonly given: Readonly<Record<string, HostData>>;
+  /** Whether instructions of logged steps run. */
+  readonly logged: boolean;
+  readonly inspector?: Inspector | undefined;
+}
+
 type Outcome = "updated" | "overflowed" | "nonfinite";
 
 class TrainingLoop {
@@ -119,6 +128,8 @@ class TrainingLoop {
   readonly #localRanks: LocalRanks;
   readonly #programs: RankPrograms;
   readonly #parameters: Parameters;
+  /** Whether the plan has instructions of logged steps only. */
+  readonly #hasLogged: boolean;
   readonly #schedule: ReturnType<typeof trainingSchedule>;
   /** Copies of watched buffers of the last step, by id, microbatch and rank. */
   readonly #watched = new Map<string, Map<number, Map<number, Promise<HostData>>>>();
@@ -137,6 +148,7 @@ class TrainingLoop {
     this.#inputs = inputs;
     this.#localRanks = localRanks;
     this.#programs = new RankPrograms(plan);
+    this.#hasLogged = plan.programs.some(({ step }) => step.some(({ only }) => only === "logged"));
     this.#parameters = new Parameters(plan, this.#programs, localRanks);
     this.#schedule = trainingSchedule(plan.job, from?.progress);
     if (inputs.isLoaded) return;
@@ -162,7 +174,8 @@ class TrainingLoop {
     const given = inOrder(job, batch);
     this.#scaled = lossScale;
     this.#watched.clear();
-    const walkAll = (inspector?: Inspector): Promise<void> => this.#walkAll(parameters, given, inspector);
+    const logged = detailed && this.#hasLogged;
+    const walkAll = (inspector?: Inspector): Promise<void> => this.#walkAll(parameters, { given, logged, inspector });
     await walkAll();
     // read the next batch while the device computes
     const after = parameters.first + parameters.batch;
@@ -253,15 +266,15 @@ class TrainingLoop {
   }
 
   /** Issues the step on all local ranks. With an inspector, instruction by instruction. */
-  #walkAll(parameters: StepParameters, given: Readonly<Record<string, HostData>>, inspector?: Inspector): Promise<void> {
+  #walkAll(parameters: StepParameters, { given, logged, inspector }: Walk): Promise<void> {
     const { microbatches } = parameters;
     const localRanks = this.#localRanks;
     const feed = feedOf(this.#plan.job, parameters, given);
-    const replayed = localRanks.beginStep?.(microbatches) ?? false;
+    const replayed = localRanks.beginStep?.(microbatches, logged ? "logged" : "training") ?? false;
     const walks = localRanks.ranks.map((rank): [number, Generator<string>] => [
       rank,
       walkStep({
-        ...{ rank, microbatches, replayed, inspector, comm: localRanks.comm },
+        ...{ rank, microbatches, replayed, logged, inspector, comm: localRanks.comm },
         stage: this.#programs.of(rank),
         device: localRanks.rankDevice(rank),
         feed: (b, input, microbatch) => this.#parameters.shardFor(feed(input, microbatch), b, rank),

@@ -17,7 +17,7 @@ export interface StepNumbers {
   readonly dropped_rows?: number;
   readonly router_entropy?: number;
   readonly grad_norm: number;
-  /** The norm of all weights after the step. */
+  /** Of a detailed step: the norm of all weights after it. */
   readonly parameter_norm?: number;
   /** Tokens of the busiest expert over the mean of its layer; the maximum over layers. */
   readonly expert_load?: number;
@@ -100,7 +100,7 @@ export async function readNumbers(
   return {
     ...Object.fromEntries(summed.flatMap((name, i) => (has(name) ? [[name, flat[2 + i] ?? 0]] : []))),
     ...{ loss, grad_norm },
-    ...(has("parameter_squares") && { parameter_norm: Math.sqrt(squares) }),
+    ...(detailed && has("parameter_squares") && { parameter_norm: Math.sqrt(squares) }),
     ...(depths > 0 && { mtp_losses: flat.slice(afterDepths, afterSums) }),
     ...(has("expert_loads") && { expert_load: Math.max(...flat.slice(afterSums, afterLoads)) }),
     ...(detailed &&

@@ -18,6 +18,8 @@ export interface StepWalk {
   readonly microbatches: number;
   /** Returns the rank's shard of an input in a microbatch. */
   readonly feed: (b: Buffer, input: HostInput, microbatch: number) => HostData;
+  /** Whether instructions of logged steps run. */
+  readonly logged?: boolean;
   /** The device replays the step as a graph: only inputs are written. */
   readonly replayed: boolean;
   /** Called after each op is issued. */
@@ -67,6 +69,7 @@ function* block(walk: StepWalk, instructions: readonly Instruction[], at: BlockP
   if (walk.replayed) return;
   for (const i of instructions) {
     if (i.only === "last" && at.microbatch !== walk.microbatches - 1) continue;
+    if (i.only === "logged" && !walk.logged) continue;
     for (const id of i.waits ?? []) while (!comm.wait(rank, id)) yield `${i.id}, for ${id}, ${at.tag}`;
     if (i.kind === "compute") {
       device.compute(i, at.copy, at.microbatch === 0);

@@ -59,7 +59,7 @@ const Metrics = z.strictObject({
     .boolean()
     .default(false)
     .describe(
-      "the L2 norm of the f32 weights after each step, as log-params-norm of Megatron-LM: each rank reads the 4 bytes of each weight that it updates once more",
+      "the L2 norm of the f32 weights after each step that is logged, as log-params-norm of Megatron-LM: each rank then reads the 4 bytes of each weight that it updates once more",
     ),
   router_entropy: z
     .boolean()
@@ -129,7 +129,7 @@ export const TrainText = z.strictObject({
       "loss and perplexity on validation and test data (data.split, or data.validation and data.test): a forward pass without dropout, jitter and balancing. It changes no number of the training; null = none",
     ),
   metrics: Metrics.optional().describe(
-    "numbers that each step computes on the device for the log, beside those that it needs anyway; absent = none of them",
+    "numbers that the device computes for the log, beside those that a step needs anyway; absent = none of them",
   ),
   recompute: Recompute.prefault({}).describe("what backward recomputes to save memory"),
   seed: z.int().min(0).default(1234).describe("seed of initial weights, shuffling, dropout and jitter"),

@@ -3,7 +3,7 @@
  * `shard` placed: each rank updates its shard of the f32 weights, and parameters are gathered. A parameter with a declared update rule
  * (expert bias) has token counts in place of a gradient, which the norm excludes.
  */
-import type { BufferKind, Collective, InputSource, Parameter, Program } from "../../schemas/plan.ts";
+import type { BufferKind, Collective, Compute, InputSource, Parameter, Program } from "../../schemas/plan.ts";
 import { shardCount } from "../../schemas/sharding.ts";
 import { isCount } from "../model/builder.ts";
 import { cast } from "../ops/gemm.ts";
@@ -138,31 +138,47 @@ function squaredNorm(
   for (const [name, ids] of Object.entries(losses))
     for (const x of isCount(name) ? [] : ids)
       emit(blocks.step, elementwise(optimizer.markNonfinite, `${name}.mark_nonfinite`, { x }, { y: own }));
-  return sumOverWorld(role, own, "workspace", {
-    ...{ op: "clip", because: "the norm is of the gradient of the whole model", path: "train.optimizer.clip" },
-  });
+  return sumOverWorld(
+    role,
+    own,
+    "workspace",
+    {},
+    {
+      ...{ op: "clip", because: "the norm is of the gradient of the whole model", path: "train.optimizer.clip" },
+    },
+  );
 }
 
-/** Emits the sum of the squares of all updated weights. Returns the buffer of the sum, which is equal on all ranks. */
+/** What only logged steps run. */
+const logged = { only: "logged" } as const;
+
+/** Emits the sum of the squares of all updated weights in logged steps. Returns the buffer of the sum, which is equal on all ranks. */
 function parameterSquares(role: ProgramBuilder, mine: readonly ParameterUpdate[], buffers: UpdateBuffers): string {
   const own = role.scalar("parameter_squares", "gradient");
   for (const update of mine) {
     const { parameter: p, weights } = update;
-    if (!p.leaf?.tiedTo && weights !== p) addSquares(role, `${idOf(p)}.squared`, buffers.weights(update), own);
+    if (!p.leaf?.tiedTo && weights !== p) addSquares(role, `${idOf(p)}.squared`, buffers.weights(update), own, logged);
   }
-  return sumOverWorld(role, own, "gradient", {
+  return sumOverWorld(role, own, "gradient", logged, {
     ...{ op: "sum_squares", because: "the norm is of the weights of the whole model", path: "train.metrics.parameter_norm" },
   });
 }
 
 /** Emits the addition of the squares of a buffer to a sum that counts every element once over all ranks. */
-function addSquares({ mesh, blocks, buffers, emit, elementwise }: ProgramBuilder, id: string, g: string, y: string): void {
+function addSquares(role: ProgramBuilder, id: string, g: string, y: string, only: Pick<Compute, "only"> = {}): void {
+  const { mesh, blocks, buffers, emit, elementwise } = role;
   const scale = shardCount(mesh, buffers.get(g).shardedBy.flat()) / mesh.per_stage;
-  emit(blocks.step, elementwise(optimizer.sumSquares, id, { g }, { y }, { scale }));
+  emit(blocks.step, { ...elementwise(optimizer.sumSquares, id, { g }, { y }, { scale }), ...only });
 }
 
 /** Emits the sum of a scalar over all ranks. Returns its buffer. */
-function sumOverWorld({ mesh, blocks, emit, scalar }: ProgramBuilder, own: string, kind: BufferKind, why: Collective["why"]): string {
+function sumOverWorld(
+  { mesh, blocks, emit, scalar }: ProgramBuilder,
+  own: string,
+  kind: BufferKind,
+  only: Pick<Compute, "only">,
+  why: Collective["why"],
+): string {
   if (mesh.world === 1) return own;
   const total = scalar(`${own}.total`, kind);
   emit(blocks.step, {
@@ -175,7 +191,7 @@ function sumOverWorld({ mesh, blocks, emit, scalar }: ProgramBuilder, own: strin
     world: true,
     from: own,
     to: total,
-    ...{ blockAxes: [], why },
+    ...{ blockAxes: [], why, ...only },
   });
   return total;
 }

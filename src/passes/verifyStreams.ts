@@ -96,7 +96,7 @@ class Walk {
   block(instructions: readonly Instruction[], at: string, last: boolean): void {
     const isClosed = this.#open.size === 0 && !last;
     if (isClosed && this.#known.has(instructions)) return;
-    for (const i of instructions) if (!i.only || last) this.#run(i, at);
+    for (const i of instructions) if (i.only !== "last" || last) this.#run(i, at);
     if (isClosed && this.#open.size === 0) this.#known.add(instructions);
     for (const i of this.#open.values())
       for (const id of touchedBy(i, this.#buffers))

@@ -8,6 +8,8 @@ import type { FoundId } from "./findId.ts";
 import { blockName, shapeText, timesText } from "./programText.ts";
 import { bold, fitLines, fitTable } from "./textLayout.ts";
 
+const runsText = { last: "in the last microbatch of a step", logged: "in steps whose numbers are logged" } as const;
+
 /** Formats what was found. Stages with the same instruction are listed together. */
 export function printInstructions({ id, instructions, buffers, alike }: FoundId, width: number): string[] {
   const columns = [{ head: "" }, { head: "" }];
@@ -18,7 +20,7 @@ export function printInstructions({ id, instructions, buffers, alike }: FoundId,
     const rows = [
       ["block", `${blockName(block, program)}, ${timesText(block)}`] as const,
       ...rowsOf(instruction, new BufferTable(program.buffers)),
-      ...(instruction.only ? [["runs", "in the last microbatch of a step"] as const] : []),
+      ...(instruction.only ? [["runs", runsText[instruction.only]] as const] : []),
       ...(instruction.waits ? [["waits for", instruction.waits.join(", ")] as const] : []),
     ];
     const key = JSON.stringify(rows);

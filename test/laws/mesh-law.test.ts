@@ -24,10 +24,10 @@ async function numbers(job: Job, pick?: (votes: readonly Choice[]) => Choice | u
   /** What each router chose in a step, microbatch after microbatch. */
   const chosen = async () =>
     Promise.all(routers.map(async (id) => Float32Array.from((await run.watched(id)).flatMap((t) => [...byPosition(t, job)]))));
-  const first = await run.step();
+  const first = await run.step({ detailed: true });
   const choices = [await chosen()];
   const gradients = await run.gradients();
-  const second = await run.step();
+  const second = await run.step({ detailed: true });
   choices.push(await chosen());
   const learnt = [...(await run.parameters())].filter(([name]) => !gradients.has(name));
   await run.close();

@@ -162,18 +162,29 @@ describe.skipIf(missing)(`whole plans, emulated${missing}`, () => {
       },
     );
 
-  test("evaluations between steps are issued, captured and replayed on their own: the losses of the CPU", full, async () => {
+  test("evaluations and logged steps are issued, captured and replayed on their own: the losses and norms of the CPU", full, async () => {
     const job = jobOf({
       name: "evaluated",
       model: { ...model, layers: 1 },
-      train: { global_batch: 2, steps: 4, precision: "fp32", optimizer: { lr: 1e-2 }, evaluation: { every: 1, steps: 3 } },
+      train: {
+        global_batch: 2,
+        steps: 8,
+        precision: "fp32",
+        optimizer: { lr: 1e-2 },
+        evaluation: { every: 1, steps: 3 },
+        metrics: { parameter_norm: true },
+      },
       data: { path: "corpus.txt", split: [9, 1] },
     });
     const of = async (localRanks: LocalRanks, plan: Plan) => {
       const { batch, heldOut } = openCorpus({ path: fixture("corpus.txt") }, readingOf(job));
       const own = runOn(plan, { localRanks, batch, heldOut: { validation: heldOutOf([heldOut("validation")], 3, readingOf(job)) } });
       const losses: number[] = [];
-      for (let step = 0; step < 4; step++) losses.push((await own.evaluate("validation")).loss, (await own.step()).loss);
+      for (let step = 0; step < 8; step++) {
+        const { loss, parameter_norm } = await own.step({ detailed: step % 2 === 1 });
+        expect(parameter_norm === undefined).toBe(step % 2 === 0);
+        losses.push((await own.evaluate("validation")).loss, loss, parameter_norm ?? 0);
+      }
       await own.close();
       return losses;
     };

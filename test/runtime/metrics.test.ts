@@ -27,7 +27,7 @@ const jobWith = (moe: object | null, parallel: object = {}, model: object = {}, 
 
 async function firstOf(job: ReturnType<typeof jobWith>, watch: readonly string[] = []) {
   const run = await openRun(compile(job).plan, { baseDir: fixture(""), watch });
-  const step = await run.step();
+  const step = await run.step({ detailed: true });
   const watched = await Promise.all(watch.map((id) => run.watched(id)));
   await run.close();
   return { step, watched };
@@ -61,7 +61,7 @@ test("the norm of the weights and the entropy of routers are those of their valu
   for (const router of [{}, { score: "sigmoid" }]) {
     const ids = [0, 1].map((l) => `layers.${l}.moe.scores`);
     const run = await openRun(compile(jobWith({ router }, {}, {}, all)).plan, { baseDir: fixture(""), watch: ids });
-    const step = await run.step();
+    const step = await run.step({ detailed: true });
     const rows = (await Promise.all(ids.map((id) => run.watched(id))))
       .flat()
       .flatMap(({ data }) => Array.from({ length: data.length / E }, (_, t) => data.subarray(t * E, (t + 1) * E)));
@@ -77,6 +77,22 @@ test("the norm of the weights and the entropy of routers are those of their valu
     expect(step.parameter_norm! / Math.sqrt(squares)).toBeCloseTo(1, 6);
     await run.close();
   }
+});
+
+test("the norm of the weights is computed in logged steps alone, and changes no other number", async () => {
+  const losses = async (detailed: (step: number) => boolean) => {
+    const { plan } = compile(jobWith(null, { world: 4, tensor: 2, pipeline: 2 }, {}, { ...all, steps: 4 }));
+    const run = await openRun(plan, { baseDir: fixture("") });
+    const steps = [];
+    for (let n = 1; n <= 4; n++) steps.push(await run.step({ detailed: detailed(n) }));
+    await run.close();
+    return steps;
+  };
+  const [none, every, second] = [await losses(() => false), await losses(() => true), await losses((n) => n % 2 === 0)];
+  expect(none.map((r) => r.parameter_norm)).toEqual([undefined, undefined, undefined, undefined]);
+  expect(second.map((r) => r.parameter_norm)).toEqual([undefined, every[1]!.parameter_norm, undefined, every[3]!.parameter_norm]);
+  expect(every[3]!.parameter_norm).not.toBe(every[1]!.parameter_norm);
+  for (const others of [every, second]) expect(others.map((r) => [r.loss, r.grad_norm])).toEqual(none.map((r) => [r.loss, r.grad_norm]));
 });
 
 test("on any mesh they are one rank's", async () => {

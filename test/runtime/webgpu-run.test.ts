@@ -44,11 +44,11 @@ const jobWith = (parallel: object, more: object = {}, train: object = {}, data: 
 async function numbers(plan: Plan, settings: Partial<RunSettings>, steps = 2) {
   const run: Run = await openRun(plan, { baseDir: fixture(""), ...settings });
   try {
-    const metrics = [await run.step()];
+    const metrics = [await run.step({ detailed: true })];
     const gradients = await run.gradients();
     const evaluations = [];
     for (const part of run.heldOut) evaluations.push((await run.evaluate(part)).loss);
-    while (metrics.length < steps) metrics.push(await run.step());
+    while (metrics.length < steps) metrics.push(await run.step({ detailed: true }));
     return { metrics, gradients, evaluations, parameters: await run.parameters() };
   } finally {
     await run.close();
