@@ -23,7 +23,7 @@ function seconds(work: () => void): number {
   return (performance.now() - start) / 1000;
 }
 
-/** One warm-up each, then RUNS rounds over all of them, each round beginning with another: what one leaves to collect, another pays for. */
+/** Runs each once, then RUNS rounds over all; each round begins with another, because one run may pay for the garbage collection of the run before. */
 function alternate(works: readonly (() => void)[]): number[] {
   for (const work of works) work();
   const times = works.map((): number[] => []);

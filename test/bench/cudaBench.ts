@@ -43,7 +43,7 @@ else {
   process.exitCode = spawnSync("python3", [script, folder, "--out", join(folder, "results"), ...only], { stdio: "inherit" }).status ?? 1;
 }
 
-/** Some at once; what nvcc says of those that it refuses, by the name of their cubin. */
+/** Compiles several at once. Returns the errors of nvcc by the name of the cubin. */
 async function compileAll(all: readonly BenchCase[]): Promise<Map<string, string>> {
   const printed = new Map<string, string>();
   const units = new Map(all.flatMap((c) => c.kernels.map((k) => [cubinOf(k), k.made.source] as const)));

@@ -229,7 +229,7 @@ const drafts: readonly CaseDraft[] = [
   one("take_rows 131072x4096", "take_rows", { I: 16384 * D, N: rowsBound, O: rowsBound * D, width: D }, "bf16 i32 bf16"),
 ];
 
-// -- what a plan would ask the makers
+// -- kernel specs as a plan has them
 
 export const benchCases = (only: RegExp): BenchCase[] =>
   drafts.filter((d) => only.test(d.name)).map((draft) => caseOf(draft, drafts.indexOf(draft)));

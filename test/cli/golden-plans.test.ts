@@ -68,17 +68,21 @@ test("the plan of mixtral-8x7b-16gpu has less than 8 MB", () => {
   expect(Buffer.byteLength(printPlan(plans.get("mixtral-8x7b-16gpu")!()))).toBeLessThan(8e6);
 });
 
-test("mixtral-8x7b-16gpu has Megatron's defaults where the launch script is silent, and its variants need what the file says", full, () => {
-  const { model, parallel, train } = jobAt("mixtral-8x7b-16gpu", {});
-  expect(parallel).toMatchObject({ tensor: 4, expert: 4, expert_tensor: 4, data: 4 });
-  expect([model.rope.theta, model.vocab, train.optimizer.betas[1]]).toEqual([1e4, 32_256, 0.999]);
-  const gib = (sets: Readonly<Record<string, unknown>>) => (peakOf(jobAt("mixtral-8x7b-16gpu", sets)).bytes / 2 ** 30).toFixed(1);
-  const whole = { "parallel.expert_tensor": 1, "parallel.expert": 8 };
-  expect(gib({})).toBe("63.8");
-  expect(gib({ "parallel.expert_tensor": 1 })).toBe("110.7");
-  expect(gib(whole)).toBe("79.1");
-  expect(gib({ ...whole, "parallel.pipeline": 2 })).toBe("62.2");
-});
+test(
+  "mixtral-8x7b-16gpu has Megatron's defaults for arguments that the launch script lacks, and its variants need what the file states",
+  full,
+  () => {
+    const { model, parallel, train } = jobAt("mixtral-8x7b-16gpu", {});
+    expect(parallel).toMatchObject({ tensor: 4, expert: 4, expert_tensor: 4, data: 4 });
+    expect([model.rope.theta, model.vocab, train.optimizer.betas[1]]).toEqual([1e4, 32_256, 0.999]);
+    const gib = (sets: Readonly<Record<string, unknown>>) => (peakOf(jobAt("mixtral-8x7b-16gpu", sets)).bytes / 2 ** 30).toFixed(1);
+    const whole = { "parallel.expert_tensor": 1, "parallel.expert": 8 };
+    expect(gib({})).toBe("63.8");
+    expect(gib({ "parallel.expert_tensor": 1 })).toBe("110.7");
+    expect(gib(whole)).toBe("79.1");
+    expect(gib({ ...whole, "parallel.pipeline": 2 })).toBe("62.2");
+  },
+);
 
 test("a model shaped like DeepSeek-V3 is compiled for 2,048 and for 16,384 ranks, to less than 30 MB", full, () => {
   const bytes = [2048, 16_384].map((ranks) => planBytes(jobAt("deepseek-v3-1024gpu", deepseekSets(ranks))));

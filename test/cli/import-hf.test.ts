@@ -98,7 +98,7 @@ test("all unsupported features are reported together", () => {
   for (const nothing of [null, 3, "x", [], {}, { model_type: "constructor" }]) complaint(nothing);
 });
 
-// as their owners publish them, without what says nothing of the model
+// as their owners publish them, without keys that do not describe the model
 const qwen3Moe = {
   ...{ model_type: "qwen3_moe", hidden_size: 2048, intermediate_size: 6144, num_hidden_layers: 48, vocab_size: 151936, head_dim: 128 },
   ...{ num_attention_heads: 32, num_key_value_heads: 4, max_position_embeddings: 40960, rope_theta: 1e6, rms_norm_eps: 1e-6 },

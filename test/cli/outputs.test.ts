@@ -1,4 +1,4 @@
-/** What a command writes is whole or not there; what cannot be written is said before the work, in one message with a way out. */
+/** A file that a command writes is complete or absent; a file that cannot be written is one error with a fix, before the work. */
 import { execFileSync, spawnSync } from "node:child_process";
 import { existsSync, lstatSync, mkdtempSync, readdirSync, readFileSync, rmSync, symlinkSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";

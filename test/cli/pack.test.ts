@@ -38,7 +38,7 @@ const troubleOf = async (packing: Promise<unknown>): Promise<Trouble> => {
   return printed as Trouble;
 };
 
-/** plans/tiny-dense, compiled for the CPU, its corpus where the job says. */
+/** plans/tiny-dense, compiled for the CPU, its corpus at the path of the job. */
 function compilePlan(): string {
   const path = join(root, "plans/tiny-dense/job.yaml");
   const { job } = readJob(readFileSync(path, "utf8"), path, []);
@@ -187,7 +187,7 @@ test("an archive is a function of its files: sorted, no owner, one time", () => 
 test("the command prints which files it wrote and which it omitted", full, async () => {
   const alone = join(work, "alone");
   cpSync(plan, alone, { recursive: true });
-  // a corpus behind a symbolic link is taken where --data-dir asks for it
+  // --data-dir allows a corpus behind a symbolic link
   symlinkSync(join(work, "plans/tiny-mixtral"), join(work, "tiny-mixtral"));
   const out = join(work, "alone.tar");
   const printed = await withCopyingXz(() => rankc("pack", join(alone, "plan.json"), "-o", out));

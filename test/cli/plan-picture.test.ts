@@ -1,4 +1,4 @@
-/** `inspect --picture`: what is drawn is what the plan says. */
+/** `inspect --picture`: the drawing has the numbers of the plan. */
 import { readFileSync } from "node:fs";
 import { join } from "node:path";
 import { expect, test } from "vitest";
@@ -76,7 +76,7 @@ test("axes have numbers, and traffic has a bar per axis with its links", () => {
   );
 });
 
-test("a picture follows the page's colours, or has those that are asked for", () => {
+test("a picture has the colours of the page that shows it, or those of the option", () => {
   expect(drawPlan(mixtralPlan)).toContain("prefers-color-scheme:dark");
   expect(drawPlan(mixtralPlan, "dark")).toMatch(/<style>svg\{background:#0d1117/);
   expect(drawPlan(mixtralPlan, "light")).not.toContain("prefers-color-scheme");

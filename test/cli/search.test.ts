@@ -1,4 +1,4 @@
-/** `rankc search`: the fastest choice that fits, which rules allow, and what is said where none fits. */
+/** `rankc search`: the fastest choice that fits, which rules allow, and the error if none fits. */
 import { expect, test } from "vitest";
 import { estimate } from "../../src/analysis/estimate/estimate.ts";
 import { packageProfile } from "../../src/analysis/estimate/profiles.ts";

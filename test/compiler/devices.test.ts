@@ -38,7 +38,7 @@ test("a file that is no profile is refused with the key that is wrong", () => {
   expect(() => parseProfile(own, "own.json")).toThrow(/a device h20-96gb that rankc does not know, without its hardware/);
 });
 
-test("a device of one's own is what its hardware says: with that of an H100 it is one", () => {
+test("a described device equals a named one with the same hardware: that of an H100", () => {
   const { memory, bandwidth, multiprocessors, peak } = deviceOf("h100-80gb");
   const hardware = { memory, bandwidth, multiprocessors, peak: { f32: peak.f32!, bf16: peak.bf16!, f8e4m3: peak.f8e4m3! } };
   const own = parseProfile(JSON.stringify({ ...packageProfile("h100-80gb"), device: "own", hardware }), "own.json");

@@ -200,7 +200,7 @@ test("no import cycle", () => {
   expect(cycles).toEqual([]);
 });
 
-/** The watchdog thread kills a process whose main thread is blocked in NCCL or CUDA. Signal 0 asks whether the owner of a lock still runs. */
+/** The watchdog thread kills a process whose main thread is blocked in NCCL or CUDA. Signal 0 tests whether the owner of a lock still runs. */
 const exceptions = [
   "src/cli/initPrompts.ts: process.stderr", // where questions are asked
   "src/cli/lsp.ts: process.stdout", // the protocol of editors
@@ -260,7 +260,7 @@ describe("limits of source files", () => {
     expect(places(isUndocumented)).toEqual([]);
   });
 
-  test("no `any`; outside src/ops fewer than 100 values are said to be present by `!`", () => {
+  test("no `any`; outside src/ops fewer than 100 non-null assertions `!`", () => {
     expect(places(({ kind }) => kind === ts.SyntaxKind.AnyKeyword)).toEqual([]);
     const asserted = places((node) => ts.isNonNullExpression(node)).filter((place) => !place.startsWith("src/ops/"));
     expect(asserted.length).toBeLessThan(100);

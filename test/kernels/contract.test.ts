@@ -1,4 +1,4 @@
-/** The contract of kernels speaks of what plans do, and lets nothing pass that is off. */
+/** The contract of kernels has the cases that plans have, and finds wrong kernels. */
 import { readFileSync } from "node:fs";
 import { join } from "node:path";
 import { expect, test } from "vitest";
@@ -53,7 +53,7 @@ test.each([
 });
 
 const made = { source: "", launches: [] };
-/** Answers what the reference answers, changed. */
+/** Returns an executor that changes the results of the reference. */
 const answering = (want: Readonly<Buffers>, change: (all: Buffers) => void): Executor => ({
   name: "answers",
   async run(_made, _use, data) {

@@ -43,7 +43,7 @@ const shapes: readonly Shape[] = [
   { B: 1, S: 200, U: 200, G: 1, M: 2, C: 128, start: 0, arch: "sm_86", type: "bf16" },
   { B: 1, S: 130, U: 160, G: 1, M: 1, C: 192, W: 128, start: 30, arch: "sm_89", type: "bf16" },
   { B: 1, S: 70, U: 290, G: 1, M: 8, C: 32, start: 191, arch: "sm_90a", type: "bf16" },
-  // pieces that see few of the keys, and keys that nobody sees
+  // shards that attend to few of the keys, and keys to which no query attends
   { B: 1, S: 33, U: 300, G: 2, M: 4, C: 48, start: 0, arch: "sm_90a", type: "bf16" },
   { B: 1, S: 65, U: 513, G: 1, M: 1, C: 80, start: 129, arch: "sm_80", type: "bf16" },
   { B: 1, S: 129, U: 129, G: 3, M: 1, C: 96, start: 0, arch: "sm_90a", type: "bf16" },

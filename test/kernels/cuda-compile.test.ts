@@ -31,7 +31,7 @@ const version = await run("nvcc", ["--version"]).then(
 );
 const cache = join(root, "node_modules/.cache/rankc-nvcc");
 
-/** What the compiler says of sources that are put one after the other; kept by their digest. */
+/** Returns the messages of the compiler for concatenated sources; cached by their digest. */
 async function printed(sources: readonly string[], arch: Arch): Promise<string> {
   const text = sources.join("\n");
   const digest = createHash("sha256").update(`${version} ${arch} ${text}`).digest("hex");
@@ -118,7 +118,7 @@ describe.skipIf(noNvrtc)(`NVRTC${noNvrtc ? ` (skipped: ${nvrtc.missing})` : ""}`
     expect(image.length).toBeGreaterThan(0);
   };
 
-  // it knows no headers at all: what it takes needs none
+  // NVRTC has no headers: sources that it compiles need none
   test("compiles the sources of plans/tiny-mixtral", async () => expectImage(await planSources("tiny-mixtral", "sm_90a"), "tiny-mixtral"));
 
   test("compiles a generic lambda in a kernel", () =>

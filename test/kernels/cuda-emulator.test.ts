@@ -1,4 +1,4 @@
-/** What the emulator of a GPU promises: kernels that are wrong fail, and their errors say how. */
+/** The emulator of a GPU: wrong kernels fail, and the errors name the fault. */
 import { describe, expect, test } from "vitest";
 import { source } from "../../src/codegen/cuda/text.ts";
 import type { GeneratedKernel, KernelSpec } from "../../src/codegen/kernelSpec.ts";

@@ -170,7 +170,7 @@ emulated(`Hopper's products${note}`, () => {
     // one step of depth to a tile
     held("c8", "gemm_dgrad", { S: 400, K: 264, N: 8 }, false, { tile: wide, stages: 4, cluster: 2, blocks: 4 }),
   ];
-  // also what hardware may do: blocks of a cluster drift apart, and what they tell each other comes late
+  // hardware may also run the blocks of a cluster at different speeds, and deliver their signals late
   test("clusters of two blocks share b where possible, in any order of execution", full, () =>
     isFull ? holdAll(clusters(), [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]) : holdAll(inTier(clusters(), "c5"), [0, 1, 2]),
   );

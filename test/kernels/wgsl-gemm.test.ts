@@ -154,7 +154,7 @@ test.each(profiles)("kernels of real sizes compile: webgpu:%s", async (profile) 
       }
 });
 
-/** What Dawn says against a kernel. Matrix kernels need more workgroup memory than it has without a device: of them no pipeline is made. */
+/** Returns the errors of Dawn for a kernel. Matrix kernels need more workgroup memory than Dawn has without a device, so no pipeline is made of them. */
 async function compiled(made: GeneratedKernel, profile: Profile): Promise<string[]> {
   checked.pushErrorScope("validation");
   const module = checked.createShaderModule({ code: made.source });

@@ -50,7 +50,7 @@ function given(l: Layout, seed: number): Arrays {
   const heads = { q: l.G * l.M * l.C, k: l.G * l.C, v: l.G * l.W, dy: l.G * l.M * l.W };
   return Object.fromEntries(Object.entries(heads).map(([name, n]) => [name, new Float32Array(l.B * l.tokens * n).map(next)]));
 }
-/** The same tokens, each where `from` says it lay. */
+/** Returns the tokens reordered: the token at place i comes from place `from[i]`. */
 const moved = (all: Arrays, l: Layout, from: (i: number) => number): Arrays =>
   Object.fromEntries(
     Object.entries(all).map(([name, x]) => {

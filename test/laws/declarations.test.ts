@@ -1,4 +1,4 @@
-/** What a declaration says, and that one which lies is caught by the cut law. */
+/** Declarations of ops: what is derived from a signature, and that the law of shards finds a wrong signature. */
 import { describe, expect, test } from "vitest";
 import { transportOps } from "../../schemas/effects.ts";
 import { attention } from "../../src/ops/attention.ts";
@@ -91,7 +91,7 @@ describe("a signature that lies is caught", () => {
   });
 });
 
-test("the table has each op once, under the name that plans say", () => {
+test("the table has each op once, under its name in plans", () => {
   for (const [name, o] of Object.entries(ops)) expect(o.name).toBe(name);
   expect(Object.keys(ops).filter((n) => !/^[a-z_]+$/.test(n))).toEqual([]);
   expect(Object.keys(ops).join(" ")).toMatchInlineSnapshot(

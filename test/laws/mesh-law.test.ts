@@ -14,7 +14,7 @@ import { byTier, draws, full, isFull } from "../support/tiers.ts";
 
 type Parallel = Partial<Job["parallel"]>;
 
-/** Loss, auxiliary loss, every gradient and what goes by a rule of its own, of two steps; the second sees the first one's update. */
+/** Returns the losses, gradients and parameters with a rule of their own of two steps; the second step has the update of the first. */
 async function numbers(job: Job, pick?: (votes: readonly Choice[]) => Choice | undefined) {
   const { plan } = compile(job, pick ? { pick } : {});
   // with groups or a bias, balancing counts plain choices of their own

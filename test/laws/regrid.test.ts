@@ -1,5 +1,5 @@
 /**
- * Grids that do not nest meet in a fold alone: a rank keeps its tokens, which are counted anew. A value cut by both grids at once would
+ * Grids that do not nest meet in a regrid alone: a rank keeps its tokens, which get other indices. A value cut by both grids at once would
  * lie twice on some ranks and be missing on others, and is refused.
  */
 import { describe, expect, test } from "vitest";

@@ -1,4 +1,4 @@
-/** What is known only while running, rows of an expert and rounds of a method: a plan holds a bound, and a run that exceeds it says so. */
+/** Rows of experts and rounds of Sinkhorn's method are known only in a step: a plan has a bound, and a run that exceeds it ends with an error. */
 import { expect, test } from "vitest";
 import { openRun } from "../../runtime/train/openRun.ts";
 import { compile } from "../../src/compile.ts";

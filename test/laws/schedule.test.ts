@@ -1,4 +1,4 @@
-/** Orders of work: every block once, as few waits as the literature says, no more activations than it allows; and layouts. */
+/** Schedules: each block runs once, the bubble and the activations in flight are those of the literature; and layouts of stages. */
 import fc from "fast-check";
 import { describe, expect, test } from "vitest";
 import { layersOf, pipelineOf, readLayout } from "../../src/passes/pipelineStages.ts";

@@ -1,4 +1,4 @@
-/** From what a step learns: ignored labels count nothing, and the others as train.loss_weighting says, by hand and by slopes. */
+/** Weights of tokens in the loss: ignored labels have weight 0, the others that of train.loss_weighting; compared with numbers by hand and with slopes. */
 import { afterAll, describe, expect, test } from "vitest";
 import { IGNORED } from "../../runtime/data/tokens.ts";
 import { weightsOf } from "../../runtime/train/tokenWeights.ts";

@@ -37,7 +37,7 @@ function wordsOf({ base, args, without = [] }: Case): string {
   return [...all].flatMap(([name, word]) => (without.includes(name.slice(2)) && !argsOf(args).has(name) ? [] : [word])).join(" ");
 }
 
-/** What rankc says: what the import refuses, or what the rules find. The memory of a device is no matter of Megatron's. */
+/** The verdict of rankc: the refusals of the import, or the findings of the rules. Megatron does not check the memory of a device. */
 function judged(c: Case): { readonly problems: readonly Problem[]; readonly findings: readonly Finding[] } {
   try {
     const { text } = importMegatron({ kind: "words" }, { name: "moved", world: c.world, words: [wordsOf(c)] });
@@ -70,7 +70,7 @@ const differences: Readonly<Record<string, { readonly rankc: "accept" | "reject"
   "cfg-0643": { rankc: "reject", why: "S014: Megatron builds experts of width 0, which compute nothing" },
 };
 
-/** What rankc says to each reason of Megatron's, be it a refusal or its silence. */
+/** Per reason of Megatron the verdict of rankc: a refusal, or none. */
 const printed: Readonly<Record<string, string | readonly string[]>> = {
   // the ranks of that launch do not fill its grid of experts, which Megatron would notice later
   "TP or CP above 1 before Blackwell needs CUDA_DEVICE_MAX_CONNECTIONS=1": "P102",

@@ -1,6 +1,6 @@
 /**
  * The router's numbers are those of Megatron Core (fixtures/oracles/router.json), through the graph that a job makes: choices, weights,
- * losses, their gradients by the logits, and what goes by a rule of its own.
+ * losses, their gradients by the logits, and the parameters with a rule of their own.
  */
 import { afterAll, expect, test } from "vitest";
 import { openSafetensors } from "../../runtime/checkpoint/safetensors.ts";
@@ -163,7 +163,7 @@ test.each(byId(cases))("%s", (id, c) => {
   const evaluate = evaluator(leaves);
 
   const [kept, chosen] = [map, selected].map((v) => out(evaluate(v))) as [Float32Array, Float32Array];
-  // which tokens fill the room that is left is nobody's choice
+  // which tokens fill the remaining room is not defined
   const theirs = c.padding_choice_unspecified
     ? c.routing_map_rows!.map((row, t) => [...row].map((x, e) => Number(x) * Number(c.selected_map_rows![t]![e])).join(""))
     : c.routing_map_rows;

@@ -1,4 +1,4 @@
-/** The page in a real browser: a plan that trains there has the losses of the CPU, the reference; what is missing is told in words. */
+/** The page in Chromium: a plan that trains there has the losses of the CPU, the reference; a missing feature is an error with a fix. */
 import { mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
@@ -29,7 +29,7 @@ const short = join(folder, "short.txt");
 writeFileSync(short, "too short");
 afterAll(() => rmSync(folder, { recursive: true, force: true }));
 
-/** What a run on the CPU says of the same text. */
+/** Returns the losses of a run on the CPU over the same text. */
 async function lossesOn(text: string, steps: number): Promise<number[]> {
   const own: Job = { ...job, data: { ...job.data, path: text } };
   const run = await openRun(compile(own).plan, { baseDir: home });

@@ -1,6 +1,6 @@
 /**
  * Checkpoints: a run that goes on from one has the numbers of a run that was never interrupted, on the same mesh to the bit, on any other
- * within rounding; what is saved is whole, or is not there; and what does not fit is said.
+ * within rounding; a checkpoint is complete or absent; and one that does not fit is an error.
  */
 import {
   existsSync,

@@ -27,7 +27,7 @@ function gathered(ranks: readonly number[]) {
     if (!peer) throw new Error(`rank ${rank} was refused`);
     return peer;
   });
-  /** What all ranks were told last, but for heartbeats. */
+  /** The last message to all ranks that is no heartbeat. */
   const last = () => [...sent.values()].map((messages) => messages.filter(({ kind }) => kind !== "beat").at(-1));
   /** Ranks send heartbeats for so many milliseconds; `reportsOf` counts what each has done by then. */
   const live = (ms: number, among: readonly number[], reportsOf: (rank: number, beat: number) => number) => {

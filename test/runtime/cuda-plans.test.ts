@@ -1,5 +1,5 @@
 /**
- * Plans on the CUDA backend, before stand-ins for the driver and NCCL: no GPU is asked. What the device would do at once is
+ * Plans on the CUDA backend, before stand-ins for the driver and NCCL: no GPU is used. What the device would do at once is
  * done late and in random order here, so numbers are the CPU's only if streams, events and graphs order what must be.
  */
 

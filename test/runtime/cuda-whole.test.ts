@@ -1,6 +1,6 @@
 /**
  * Whole CUDA plans without a GPU: their own kernels, compiled as C++ behind test/cuda-emulator, launched by the CUDA backend
- * before stand-ins for the driver and NCCL. What compiler and runtime say to each other is held here: the order of parameters,
+ * before stand-ins for the driver and NCCL. This tests the interface of compiler and runtime: the order of parameters,
  * scratch, tensor maps, starts, several launches of one kernel, and the bytes they touch.
  */
 import { execFile } from "node:child_process";

@@ -1,4 +1,4 @@
-/** Files that are no plain corpus: each is refused by its bytes or its name, or read as its index says. */
+/** Files that are no plain corpus: each is refused by its bytes or its name, or read by its index. */
 import { execFileSync } from "node:child_process";
 import { mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";

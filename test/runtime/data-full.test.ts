@@ -1,4 +1,4 @@
-/** A disk that fills up while a data set is prepared: one error that says so, no file of the data set, and the same call goes on later. */
+/** A disk that fills up while a data set is prepared: one error that names it, no file of the data set, and the same call continues later. */
 import type * as fs from "node:fs";
 import { mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
@@ -7,7 +7,7 @@ import { afterAll, expect, test, vi } from "vitest";
 import { prepareDataset } from "../../runtime/data/prepare/prepare.ts";
 import { fixture } from "../support/job.ts";
 
-/** Writing to a file whose path this matches fails; how it is opened tells the path of a descriptor. */
+/** Writes to files whose path matches fail. The path of a descriptor is recorded when the file is opened. */
 let full: RegExp | undefined;
 vi.mock("node:fs", async (original) => {
   const real = await original<typeof fs>();

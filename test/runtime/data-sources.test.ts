@@ -19,7 +19,7 @@ import { megatronIndex } from "../support/megatronIndex.ts";
 const folder = mkdtempSync(join(tmpdir(), "rankc-sources-"));
 afterAll(() => rmSync(folder, { recursive: true }));
 
-/** Writes a data set whose ids count from `first`, so that an id tells its place. */
+/** Writes a data set whose ids count from `first`, so that an id is its place. */
 function dataset(name: string, lengths: readonly number[], first: number): string {
   const total = lengths.reduce((sum, length) => sum + length, 0);
   const ids = Array.from({ length: total }, (_, i) => first + i);

@@ -1,9 +1,9 @@
-/** A script whose device hangs says where it stood and ends, whatever its main thread does. */
+/** A script whose device hangs names the part that it is in and ends, even if its main thread is blocked. */
 import { spawn } from "node:child_process";
 import { expect, test } from "vitest";
 import { built } from "../support/rankc.ts";
 
-/** How a script ends that has `seconds` for its second part; `rest` is what it does in it, and `grace` how long its main thread has to answer. */
+/** Returns how a script ends. It has `seconds` for its second part, which runs `rest`; its main thread has `grace` milliseconds to answer. */
 async function ended(
   rest: string,
   { explain = "undefined", seconds = 0.5, grace = 300 } = {},

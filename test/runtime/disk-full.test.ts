@@ -1,4 +1,4 @@
-/** A disk that fills up while a run saves: one error that says so, and nothing of the checkpoint remains. */
+/** A disk that fills up while a run saves: one error that names it, and nothing of the checkpoint remains. */
 import type * as fs from "node:fs";
 import { mkdtempSync, readdirSync, readFileSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
@@ -8,7 +8,7 @@ import { openRun } from "../../runtime/train/openRun.ts";
 import { compile } from "../../src/compile.ts";
 import { fixture, jobOf } from "../support/job.ts";
 
-/** Writing to a file whose path this matches fails; how it is opened tells the path of a descriptor. */
+/** Writes to files whose path matches fail. The path of a descriptor is recorded when the file is opened. */
 let full: RegExp | undefined;
 /** The file system states so many free bytes. */
 let free: number | undefined;

@@ -1,4 +1,4 @@
-/** The doctor and the bindings under it: laws that hold with and without a GPU; what needs a library of NVIDIA's says so when it is skipped. */
+/** The doctor and the bindings under it, with and without a GPU. A test that needs a library of NVIDIA skips with the reason in its title. */
 import { execFileSync } from "node:child_process";
 import { mkdirSync, mkdtempSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
@@ -109,7 +109,7 @@ describe("the diagnosis", () => {
     expect(err).toBe("");
     return { exit, ...JSON.parse(out) };
   };
-  /** A driver for Vulkan whose loading does what a statement in C says. */
+  /** Builds a driver for Vulkan that executes a statement in C when it is loaded. */
   function vulkanThat(does: string): NodeJS.ProcessEnv {
     const folder = mkdtempSync(join(scratch, "vulkan-"));
     writeFileSync(

@@ -396,7 +396,7 @@ test("all mismatches of a checkpoint are reported together, with the job keys", 
   fewer.close();
 });
 
-/** A small dense model, its tensors under transformers' names, and what is said of a file of them after a change. */
+/** A small dense model, its tensors under the names of transformers, and the error for a file of them after a change. */
 const dense = { ...mixtral, moe: null, layers: 2, ffn: 24, hidden: 16, heads: 4, kv_heads: 2, head_dim: 6, vocab: 10 };
 const tied = { ...dense, tie_embeddings: true };
 const rename = (all: readonly TensorEntry[], change: (name: string) => string): TensorEntry[] =>

@@ -1,4 +1,4 @@
-/** The launcher: ranks start with their place, speak line by line, and end together, whichever way one of them ends. */
+/** The launcher: ranks start with their place, their output is passed on by lines, and all end when one ends, in whatever way. */
 import { type ChildProcess, spawn } from "node:child_process";
 import { mkdtempSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
@@ -171,7 +171,7 @@ describe("signals", () => {
   test("the first interrupt lets the ranks finish their step; the second ends them", async () => {
     const polite = await start(2, [
       "-e",
-      // it hears before it says that it is there
+      // the listener is installed before the line that reports the start
       `process.on("SIGINT", () => { console.error("interrupted"); setTimeout(() => process.exit(0), 200); }); ${forever}`,
     ]);
     await polite.until(/pid/, 2);

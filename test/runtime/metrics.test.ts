@@ -1,4 +1,4 @@
-/** What a step reports of its experts beside the loss is what its values say, on any mesh; and each goes to the terminal and to the metrics file. */
+/** Metrics of experts equal the values that they are computed from, on any mesh; each is printed and written to the metrics file. */
 import { expect, test } from "vitest";
 import { openRun } from "../../runtime/train/openRun.ts";
 import { metricsLine, progressLine } from "../../src/cli/progress.ts";

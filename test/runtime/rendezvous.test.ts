@@ -1,4 +1,4 @@
-/** The meeting of ranks: all come or it says who did not; what they share arrives; when one ends, all end, and say why. */
+/** The rendezvous of ranks: all connect, or the error names those that did not; shared bytes arrive; when one rank ends, all end with the reason. */
 import { type ChildProcess, spawn } from "node:child_process";
 import { once } from "node:events";
 import { connect, createServer, type Socket } from "node:net";

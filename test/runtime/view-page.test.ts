@@ -235,7 +235,7 @@ describe.skipIf(noBrowser)(`in Chromium${noBrowser ? `: skipped, ${noBrowser}` :
     await page.waitForFunction("location.hash.includes('theme=light')");
   });
 
-  test("parts have roles and names; nothing was logged and nothing was asked of a network", async () => {
+  test("parts have roles and names; nothing was logged and nothing was loaded from a network", async () => {
     await opened(`${one}#mesh`);
     expect(await page.getByRole("tab").count()).toBe(7);
     for (const role of ["tabpanel", "complementary", "status", "img"] as const)

@@ -32,7 +32,7 @@ const block = (x: HostData, k: number, of: number): number[] => [...x].slice((k 
 const sums = (held: readonly HostData[]): Float32Array =>
   held.slice(1).reduce<Float32Array>((sum, h) => sum.map((x, i) => x + h[i]!), Float32Array.from(held[0]!));
 
-/** Fills a block on every rank with small numbers, moves it, and says what each rank got and should have. */
+/** Fills a block on every rank with small numbers, runs the collective, and returns what each rank received and what is expected. */
 async function moved(how: CollectiveKind, dtype: Dtype, members: number, n: number, shared: boolean) {
   const from = how === "reduce_scatter" || how === "all_to_all" ? n * members : n;
   const to = how === "all_gather" || how === "all_to_all" ? n * members : n;

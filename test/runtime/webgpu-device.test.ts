@@ -1,4 +1,4 @@
-/** The WebGPU backend on kernels written by hand: memory, order, arguments and times; and what it says where it cannot go on. */
+/** The WebGPU backend on kernels written by hand: memory, order, arguments and times; and its errors. */
 import { spawn } from "node:child_process";
 import { describe, expect, test } from "vitest";
 import { cutArena, shareBuffers } from "../../runtime/webgpu/arenas.ts";

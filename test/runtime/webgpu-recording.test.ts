@@ -30,7 +30,7 @@ const dawn = create(["backend=null"]);
 afterAll(() => expect(dawn).toBeDefined());
 const host = { gpu: async () => dawn, noAdapter: () => new Error("Dawn has no null backend") as never };
 
-/** Everything that a step tells WebGPU, in order. */
+/** All calls of WebGPU in a step, in order. */
 async function recorded(localRanks: WebgpuRanks, plan: Plan) {
   const bound: GPUBindGroupDescriptor[] = [];
   const calls: string[] = [];

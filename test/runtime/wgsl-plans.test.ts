@@ -10,7 +10,7 @@ import { readJob } from "../../src/frontend/readJobNow.ts";
 import { root } from "../support/checkout.ts";
 import { byTier } from "../support/tiers.ts";
 
-/** Dawn without a device. It checks sources and pipelines as it does for any device, and knows all features. */
+/** Dawn without a device. It checks sources and pipelines as for any device, with all features. */
 const dawn = create(["backend=null", "enable-dawn-features=allow_unsafe_apis"]);
 const features: Readonly<Record<(typeof profiles)[number], string[]>> = {
   baseline: [],
@@ -55,7 +55,7 @@ function compiles(name: string): void {
       }
       expect((await device.popErrorScope())?.message, `${id}\n${sources.get(source!.file)}`).toBeUndefined();
     }
-    // a name appears once: launches of one kernel are told apart, and kernels from each other
+    // a name appears once: so that launches of one kernel have different names, and so have kernels
     const entries = plan.kernels.flatMap((k) => k.launches.map((l) => l.entry));
     expect(new Set(entries).size).toBe(entries.length);
   });

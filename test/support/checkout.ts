@@ -11,11 +11,11 @@ const left = /^(node_modules|dist|\..*)$/;
 export function copyCheckout(): string {
   const copy = mkdtempSync(join(tmpdir(), "rankc-checkout-"));
   for (const name of readdirSync(root)) if (!left.test(name)) cpSync(join(root, name), join(copy, name), { recursive: true });
-  // a folder of links, not one link to the folder: whoever empties it empties a copy
+  // a folder of links, not one link to the folder: a command that empties it empties the copy
   const packages = join(copy, "node_modules");
   mkdirSync(packages);
   for (const name of readdirSync(join(root, "node_modules"))) {
-    // `npm run setup` asks whether this file is newer than the lock file: here it is
+    // `npm run setup` compares the time of this file with that of the lock file: here this one is newer
     if (name === ".package-lock.json") cpSync(join(root, "node_modules", name), join(packages, name));
     else symlinkSync(join(root, "node_modules", name), join(packages, name));
   }

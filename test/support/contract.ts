@@ -88,7 +88,7 @@ function typesOf(op: AnyOp, half: Half): Record<string, Dtype> {
 const allF32 = (types: Readonly<Record<string, Dtype>>): Record<string, Dtype> =>
   Object.fromEntries(Object.entries(types).map(([n, t]) => [n, t === "i32" ? t : "f32"]));
 
-/** Every mixture of types that the contract asks for. */
+/** Every combination of types in the contract. */
 export function mixtures(op: AnyOp, half: Half): Readonly<Record<string, Dtype>>[] {
   const drafts = messageDrafts[op.name];
   if (drafts) return drafts(half).map((d) => d.dtype);

@@ -39,7 +39,7 @@ const options = [
 ];
 const cache = join(root, "node_modules/.cache/rankc-cuda-emulator");
 
-/** Why this machine has no emulator, or nothing. */
+/** Returns the reason why this machine has no emulator; undefined if it has one. */
 export async function emulatorMissing(): Promise<string | undefined> {
   return await run("g++", ["--version"]).then(
     () => undefined,
@@ -54,7 +54,7 @@ export interface Emulator extends Executor {
 }
 
 /**
- * Kernels that are compiled together, once they are asked for; the library is kept below node_modules. `orders`: 0 is forwards, 1
+ * Compiles kernels together on first use; the library is kept below node_modules. `orders`: 0 is forwards, 1
  * backwards, any other the seed of an order by chance.
  */
 export function cudaEmulator(kernels: readonly Compiled[], orders: readonly number[] = [0, 1]): Emulator {
@@ -193,7 +193,7 @@ function packTensorMap(to: Buffer, { dtype, sizes, strides, box, swizzle }: Tens
 
 // -- buffers as a device holds them; shared with the run on a real one
 
-/** What a buffer holds before the kernel runs: outputs that are made anew hold 0xFF. */
+/** Returns the bytes of a buffer before the kernel runs: 0xFF in outputs that the kernel writes and does not read. */
 export function initial(name: string, data: Readonly<Buffers>, use: KernelSpec): Uint8Array {
   const values = data[name]!;
   if (isMadeAnew(name, use)) return new Uint8Array(values.length * bytesOf[typeOf(name, use)]).fill(0xff);

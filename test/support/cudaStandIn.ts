@@ -23,7 +23,7 @@ import { drawElements } from "../../src/ops/normalDraw.ts";
 import { fixture } from "./job.ts";
 
 const cc = process.env.CC ?? "cc";
-/** Why there is no stand-in, or nothing. */
+/** The reason why there is no stand-in; empty if there is one. */
 export const noCompiler: string = (() => {
   try {
     execFileSync(cc, ["--version"], { stdio: "ignore" });
@@ -66,11 +66,11 @@ export async function standIn({ oldNccl = false } = {}) {
   at.driver.func("standInOnLaunch", "void", ["void *"])(callback);
   return {
     openCuda,
-    /** What kernels do from now on, by the name of their function. */
+    /** Sets what kernels do, by the name of their function. */
     serve: (kernels: Kernels): void => {
       known = kernels;
     },
-    /** What a kernel threw since it was asked last. */
+    /** Returns what a kernel threw since the last call. */
     complaint: (): unknown => {
       const printed = went;
       went = undefined;
@@ -81,7 +81,7 @@ export async function standIn({ oldNccl = false } = {}) {
     queued: at.driver.func("standInQueued", "int", []) as () => number,
     /** The communicators whose collectives have a limit of multiprocessors, of all ranks so far. */
     limited: at.nccl.func("standInLimited", "int", []) as () => number,
-    /** From now on NCCL says that another rank has failed, or no more. */
+    /** Sets whether NCCL reports that another rank has failed. */
     failNccl: at.nccl.func("standInFail", "void", ["int"]) as (yes: number) => void,
   };
 }

@@ -1,6 +1,6 @@
 /**
- * A limit for each part of a script, kept by a thread beside: a main thread within a call of the driver hears neither timers nor
- * signals. Past the limit the script says where it stood, and ends by SIGKILL.
+ * A limit for each part of a script, kept by a thread beside: a main thread within a call of the driver runs neither timers nor
+ * signals. After the limit the thread prints the part that runs, and ends the process by SIGKILL.
  */
 import { Worker } from "node:worker_threads";
 
@@ -34,7 +34,7 @@ const timer = setInterval(() => {
   try {
     writeSync(2, words.filter((w) => w).join("; ") + "\\n");
   } catch {
-    // nobody reads what we say: it ends all the same
+    // stdout is closed: the process ends nevertheless
   }
   const last = spawn(report[0], report.slice(1), { stdio: ["ignore", 2, "ignore"] });
   last.on("error", end).on("exit", end);

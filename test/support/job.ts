@@ -12,7 +12,7 @@ export function jobOf(value: object, sets: readonly string[] = []): Job {
   return job;
 }
 
-/** Degrees of parallelism, the others as a job that says nothing has them. */
+/** Degrees of parallelism; those that are not given have their defaults. */
 export const parallelOf = (over: Partial<Job["parallel"]>): Job["parallel"] => ({ ...ParallelText.parse({}), data: 1, ...over });
 
 /** ‖a - b‖ / ‖b‖ */

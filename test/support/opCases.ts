@@ -129,7 +129,7 @@ export function cuttable({ inputs, outputs }: Pick<Case, "inputs" | "outputs">):
   return [...new Set(dimSpecs.map((s) => s.dim))].filter((d) => !fixed.has(d));
 }
 
-/** Cuts `dim` at `at`, runs both pieces, and puts them together as the signature says; how far that is from the whole. */
+/** Splits `dim` at `at`, runs both shards, and combines them by the signature. Returns the distance from the result of the whole. */
 export function cutError(c: Case, dim: string, at: number): number {
   const whole = execute(c);
   const spans = [

@@ -43,7 +43,7 @@ export function specFor(
   };
 }
 
-/** A product with its buffers and what the reference makes of them. Rows beyond the count hold NaN: nobody may read them. */
+/** A product with its buffers and what the reference makes of them. Rows beyond the count hold NaN: no kernel may read them. */
 export function caseOf(name: string, op: OpName, sizes: Sizes, half: Half, adds = false, spare = 29, sums: Half = "f32"): ContractCase {
   const use = specFor(name, op, sizes, half, adds, spare, sums);
   const { bound, d, size, dtype } = use;

@@ -86,7 +86,7 @@ const filesBelow = (folder: string): string[] =>
     .map((entry) => join(entry.parentPath, entry.name).slice(root.length))
     .sort();
 
-/** Runs a command in this process, after those that were asked for before: the compiled command line is loaded once, and printed text is kept. */
+/** Runs a command in this process, after earlier calls have ended. The compiled command line is loaded once; printed text is returned. */
 export function rankc(...args: string[]): Promise<CliResult> {
   const answer = latest.then(() => commandHere(args));
   latest = answer.catch(() => undefined);

@@ -12,7 +12,7 @@ const require = createRequire(import.meta.url);
 /** Tests run on the machine's own adapter. */
 export const hardware = process.env.RANKC_WEBGPU === "hardware";
 
-/** Why there is no adapter to test on; undefined where there is one. For the titles of tests that are skipped. */
+/** The reason why there is no adapter, for titles of skipped tests; undefined if there is one. */
 export const noAdapter: string | undefined =
   hardware || `${process.platform}-${process.arch}` === "linux-x64"
     ? undefined
@@ -21,7 +21,7 @@ export const noAdapter: string | undefined =
 /** Why tests of 16-bit floats are skipped. */
 export const noHalves: string | undefined = noAdapter ?? (hardware ? undefined : "the software adapter has no shader-f16");
 
-/** Libraries in use: koffi closes what nobody holds. */
+/** Libraries in use: koffi closes a library without references. */
 const held: unknown[] = [];
 
 /** The environment of a process that is to see the adapter from its start: what `spawn` takes as `env`. */
@@ -30,7 +30,7 @@ export const adapterEnv: NodeJS.ProcessEnv = hardware || noAdapter ? process.env
 function seeSwiftShader(): NodeJS.ProcessEnv {
   const folder = unpacked();
   const icd = join(folder, "vk_swiftshader_icd.json");
-  // the Vulkan loader reads the older name where it does not know the newer one
+  // older Vulkan loaders read the second name alone
   Object.assign(process.env, { VK_DRIVER_FILES: icd, VK_ICD_FILENAMES: icd });
   // Dawn asks the system's loader for `libvulkan.so.1`, which answers with a library of that name that is loaded already;
   // LD_LIBRARY_PATH is read when a process starts, too early for this one

@@ -85,7 +85,7 @@ const listOf = (rows: readonly Row[], length: number): Float32Array => {
   return list;
 };
 
-/** Which of the coordinates say where a row goes: a slot, and how it is cut. */
+/** The coordinates that decide where a row goes: a dim, and how it is sharded. */
 interface Digit {
   readonly slot: 0 | 1 | 2;
   readonly div: number;
@@ -136,7 +136,7 @@ const merges: Readonly<
   "no rows": { B: 2, S: 5, E: 3, share: 0, count: 2, cap: 15, spare: 4 },
   "lists of another rank before": { B: 4, S: 5, E: 3, share: 0.4, count: 2, cap: 40, spare: 3, gather: 2 },
 };
-/** The first local expert, and the experts beside those that rows speak of. */
+/** The first local expert, and the experts beside those of the rows. */
 const FIRST = 5;
 
 function mergeRows(): Drafted[] {
@@ -163,7 +163,7 @@ function mergeRows(): Drafted[] {
   });
 }
 
-/** With and without the count that tells of an overflow. */
+/** With and without the count that shows an overflow. */
 const withNeeded = (seed: number, draft: Drafted): Drafted[] => [
   draft,
   {
