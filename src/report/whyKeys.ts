@@ -3,6 +3,7 @@ import { transportOps } from "../../schemas/effects.ts";
 import type { Job } from "../../schemas/job.ts";
 import type { Buffer, Collective, Compute, Instruction } from "../../schemas/plan.ts";
 import type { Block } from "../../schemas/program.ts";
+import { isComputedAgain, moduleOf } from "../analysis/idParts.ts";
 
 /** Changes of a job, and their price. */
 export interface Cure {
@@ -15,23 +16,34 @@ interface KeyReason {
   readonly because: string;
 }
 
-/** Returns the job key that an instruction comes from, by the parts of its id. */
+/** Returns the job key that an instruction comes from. */
 export function keyOfCompute({ id, op }: Pick<Compute, "id" | "op">, phase: Block["kind"]): KeyReason {
-  const parts = new Set(id.split(/[.@]/));
   const gradient = phase === "backward" || phase === "weights" ? "the gradients of " : "";
   if (phase === "step") return { path: "train.optimizer.type", because: "the optimizer step updates parameters and reports metrics" };
-  if (parts.has("again"))
+  if (isComputedAgain(id))
     return { path: "train.recompute", because: "the value is computed again in backward, so that it needs no memory between the passes" };
   if (transportOps.includes(op))
     return { path: "parallel.expert", because: "rows of experts move between ranks: they are put in order before and after" };
-  if (id.startsWith("mtp.")) return { path: "model.mtp", because: `${gradient}multi-token prediction` };
-  if (parts.has("shared")) return { path: "model.moe.shared", because: `${gradient}the shared expert of the layer` };
-  if (parts.has("moe")) return { path: "model.moe", because: `${gradient}the experts of the layer and their router` };
-  if (parts.has("mlp")) return { path: "model.ffn", because: `${gradient}the feed-forward block of the layer` };
-  if (parts.has("attn")) return { path: op === "rope" ? "model.rope" : "model.heads", because: `${gradient}the attention of the layer` };
-  if (parts.has("loss") || parts.has("logits") || parts.has("embedding"))
-    return { path: "model.vocab", because: `${gradient}the embedding, the logits and the loss` };
-  return { path: "model.layers", because: `${gradient}the model` };
+  const of = (path: string, what: string): KeyReason => ({ path, because: `${gradient}${what}` });
+  const module = moduleOf(id);
+  switch (module) {
+    case "mtp":
+      return of("model.mtp", "multi-token prediction");
+    case "shared":
+      return of("model.moe.shared", "the shared expert of the layer");
+    case "moe":
+      return of("model.moe", "the experts of the layer and their router");
+    case "mlp":
+      return of("model.ffn", "the feed-forward block of the layer");
+    case "attn":
+      return of(op === "rope" ? "model.rope" : "model.heads", "the attention of the layer");
+    case "vocab":
+      return of("model.vocab", "the embedding, the logits and the loss");
+    case undefined:
+      return of("model.layers", "the model");
+    default:
+      return module satisfies never;
+  }
 }
 
 /** Returns the job key that decides about a buffer. */
@@ -57,7 +69,7 @@ export function keyOfBuffer(job: Job, { kind, within, id }: Buffer, copies: numb
       };
     case "workspace":
       return {
-        path: id.includes(".again") ? "train.recompute" : "train.micro_batch",
+        path: isComputedAgain(id) ? "train.recompute" : "train.micro_batch",
         because: "it lives within one block; its bytes are used again as soon as its last reader is done",
       };
     default:

@@ -7,6 +7,7 @@ import { touchedBy, writesOf } from "../../../schemas/effects.ts";
 import type { Chunk, Collective, Instruction, Program } from "../../../schemas/plan.ts";
 import { BufferTable } from "../../analysis/bufferTable.ts";
 import { flopsOf } from "../../analysis/cost.ts";
+import { isOfSharedExperts } from "../../analysis/idParts.ts";
 import { layerOf } from "../../analysis/layerNames.ts";
 import { ops } from "../../ops/index.ts";
 import type { Mesh } from "../mesh.ts";
@@ -56,7 +57,6 @@ function dependenciesOf(block: readonly Instruction[], buffers: BufferTable): De
 }
 
 const isExchange = (i: Instruction): i is Collective => i.kind === "collective" && (i.name === "dispatch" || i.name === "combine");
-const isOfSharedExperts = ({ id }: Instruction): boolean => /\.moe\.shared\./.test(id);
 /** Returns whether an instruction computes gradients of weights and nothing else. */
 const isWeightGradient = (i: Instruction, buffers: BufferTable): boolean =>
   i.kind === "compute" && ops[i.op].flops !== undefined && Object.values(i.writes).every((id) => buffers.get(id).kind === "gradient");
@@ -72,7 +72,7 @@ function movableIn(block: readonly Instruction[], { before, after }: Dependencie
   const exchanges = new Set(block.flatMap((i, at) => (isExchange(i) ? [at] : [])));
   const movable = new Set(
     block.flatMap((i, at) =>
-      mayMove(i, at) && layers.has(layerOf(i, buffers) ?? -1) && (isOfSharedExperts(i) || isWeightGradient(i, buffers)) ? [at] : [],
+      mayMove(i, at) && layers.has(layerOf(i, buffers) ?? -1) && (isOfSharedExperts(i.id) || isWeightGradient(i, buffers)) ? [at] : [],
     ),
   );
   for (const [at, i] of block.entries()) {
