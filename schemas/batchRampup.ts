@@ -35,19 +35,21 @@ const sizesBefore = (globalBatch: number, { start, increment }: Ramp): number =>
 /** Returns the phases of a run. An invalid ramp-up, which a rule reports, counts as none. */
 export function phasesOf(train: Growing): RampupPhase[] {
   const { global_batch, batch_rampup: ramp } = train;
-  const sizes = ramp ? sizesBefore(global_batch, ramp) : 0;
+  const whole: RampupPhase = { batch: global_batch, from: 0, steps: Infinity };
+  if (!ramp) return [whole];
+  const sizes = sizesBefore(global_batch, ramp);
   const phases: RampupPhase[] = [];
   for (let from = 0; Number.isInteger(sizes) && sizes < MOST_SIZES; ) {
     const batch = batchAt(train, from);
-    if (batch >= global_batch) return [...phases, { batch: global_batch, from, steps: Infinity }];
+    if (batch >= global_batch) return [...phases, { ...whole, from }];
     // the smallest number of steps after which the size changes; the quotient may be off by rounding
-    const due = (((batch - ramp!.start) / ramp!.increment + 1) * ramp!.samples) / sizes;
+    const due = (((batch - ramp.start) / ramp.increment + 1) * ramp.samples) / sizes;
     let steps = Math.max(1, Math.ceil((due - from) / batch) - 1);
     while (batchAt(train, from + steps * batch) === batch) steps++;
     phases.push({ batch, from, steps });
     from += steps * batch;
   }
-  return [{ batch: global_batch, from: 0, steps: Infinity }];
+  return [whole];
 }
 
 /** Returns the sequences that a run of `steps` steps reads. */

@@ -88,9 +88,8 @@ export function wideTextOf(path: string, head: Uint8Array): Found | undefined {
   const marked = head[0] === 0xff && head[1] === 0xfe ? "UTF-16LE" : head[0] === 0xfe && head[1] === 0xff ? "UTF-16BE" : undefined;
   const recoded = (from: string) => `write it as UTF-8: iconv -f ${from} -t UTF-8 ${path} > corpus.txt`;
   if (marked) return { name: "UTF-16 text", fix: recoded("UTF-16") };
-  const zeros = [0, 0];
-  for (const [i, byte] of head.entries()) if (byte === 0) zeros[i % 2]!++;
-  const [even, odd] = zeros as [number, number];
+  const zerosAt = (parity: number): number => head.filter((byte, i) => byte === 0 && i % 2 === parity).length;
+  const [even, odd] = [zerosAt(0), zerosAt(1)];
   if (10 * (even + odd) <= head.length) return undefined;
   const ids = "or, if it holds token ids, set data.format: tokens and data.dtype";
   if (even === 0 || odd === 0) return { name: "UTF-16 text or token ids", fix: `${recoded(even === 0 ? "UTF-16LE" : "UTF-16BE")}; ${ids}` };

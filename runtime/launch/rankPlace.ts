@@ -180,7 +180,7 @@ function agree<T extends Readonly<Record<string, number>>>(env: Env, own: T, by:
 }
 
 function whole(env: Env, name: string): number {
-  const text = env[name]!;
+  const text = env[name] ?? "";
   if (!/^\d{1,7}$/.test(text)) throw new Trouble(`${name} is ${JSON.stringify(text)}, not a whole number`, startWays);
   return Number(text);
 }

@@ -68,7 +68,7 @@ async function survey(): Promise<Survey> {
   if (!adapter) throw dawn.noAdapter();
   const found: Survey = {
     adapter: nameOf(adapter.info),
-    profiles: Object.keys(profiles).filter((name) => profiles[name]!.features.every((f) => adapter.features.has(f))),
+    profiles: Object.entries(profiles).flatMap(([name, { features: all }]) => (all.every((f) => adapter.features.has(f)) ? [name] : [])),
     features: record(features, (name) => adapter.features.has(name)),
     limits: record(limits, (name) => adapter.limits[name]),
   };

@@ -284,8 +284,7 @@ async function compress(entries: readonly TarEntry[], out: string, effort: numbe
   try {
     // report the error of xz before the error of its broken pipe
     const flows = [pipeline(Readable.from(tar(entries)), xz.stdin), pipeline(xz.stdout, counted, createWriteStream(temporary))];
-    const [end, ...flown] = await Promise.allSettled([ended, ...flows]);
-    for (const result of [end!, ...flown]) if (result.status === "rejected") throw result.reason;
+    for (const result of await Promise.allSettled([ended, ...flows])) if (result.status === "rejected") throw result.reason;
     renameSync(temporary, out);
   } finally {
     rmSync(temporary, { force: true });

@@ -47,8 +47,9 @@ async function fixedJob(path: string, text: string, { set, overlay }: JobOptions
 
 async function comparedPlan(path: string, { job }: JobRead): Promise<PlanComparison | undefined> {
   const { committedFolder, comparePlan } = await import("./checkPlan.ts");
-  const folder = job && committedFolder(path);
-  return folder === undefined ? undefined : comparePlan(folder, job!);
+  if (job === undefined) return undefined;
+  const folder = committedFolder(path);
+  return folder === undefined ? undefined : comparePlan(folder, job);
 }
 
 /** Returns whether a fix has changed the text. */

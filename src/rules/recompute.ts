@@ -37,15 +37,17 @@ export const recompute: readonly Rule[] = [
     level: "warning",
     *check({ model, train: { recompute: r } }) {
       if (r.mode !== "selective") return;
-      const missing = r.modules.filter((name) => needs[name]?.has(model) === false);
-      if (missing.length === 0) return;
-      const others = r.modules.filter((name) => !missing.includes(name));
+      const missing = r.modules.flatMap((name) => {
+        const need = needs[name];
+        return need?.has(model) === false ? [{ name, key: need.key }] : [];
+      });
+      const [first] = missing;
+      if (!first) return;
+      const others = r.modules.filter((module) => !missing.some(({ name }) => name === module));
       yield {
         at: "train.recompute.modules",
-        related: [needs[missing[0]!]!.key],
-        found: missing
-          .map((name) => `${name}, where ${name === "mlp" ? "every layer has experts" : `${needs[name]!.key} is null`}`)
-          .join("; "),
+        related: [first.key],
+        found: missing.map(({ name, key }) => `${name}, where ${name === "mlp" ? "every layer has experts" : `${key} is null`}`).join("; "),
         fix: "core_attn usually saves most memory",
         ...(others.length > 0
           ? { safe: { "train.recompute.modules": others } }
