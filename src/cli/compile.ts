@@ -47,7 +47,7 @@ async function runCompile(path: string, options: CompileOptions, exit: ProcessEx
   if (options.check) return checkCompiled(path, options, exit);
   if (options.format === "sarif" || options.format === "github")
     throw new Trouble(`--format ${options.format} is a format of findings`, "add --check, or use rankc check");
-  if (!out && !emit) throw new Trouble("compile needs -o DIR or --emit PASS", "name the output directory: -o plan/");
+  if (!out && !emit && !planFile(path)) throw new Trouble("compile needs -o DIR or --emit PASS", "name the output directory: -o plan/");
   if (out) expectWritableFolder(out);
   const compiled = await compileAt(path, options, options.target, emit !== undefined);
   const { sources } = compiled;

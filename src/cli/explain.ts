@@ -1,6 +1,6 @@
 import type { Command } from "commander";
 import { type CommonOptions, withExamples, withFormat } from "./options.ts";
-import { printJson, printStdout } from "./output.ts";
+import { printJson, printStdout, reportWidth } from "./output.ts";
 
 /** Registers `explain`: prints the explanation of one code, or the list of all codes. */
 export function registerExplain(program: Command): void {
@@ -14,7 +14,7 @@ export function registerExplain(program: Command): void {
   ).action(async (code: string | undefined, options: Pick<CommonOptions, "format">) => {
     const { explainAll, explained, printExplanation } = await import("../frontend/explainText.ts");
     const json = options.format === "json";
-    if (code !== undefined) return json ? printJson(explained(code)) : printStdout(printExplanation(explained(code)));
+    if (code !== undefined) return json ? printJson(explained(code)) : printStdout(printExplanation(explained(code), reportWidth()));
     const all = explainAll().map(({ code, level, title }) => ({ code, level, title }));
     return json ? printJson(all) : printStdout(all.map((e) => `${e.code}  ${e.title}`).join("\n"));
   });

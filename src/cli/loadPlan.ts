@@ -105,6 +105,8 @@ export const loadPlanForDevice = (path: string, options: JobOptions): Promise<Lo
 
 /** Reads a plan, or compiles a job. Throws a Trouble if `--target`, `--set` or `-f` is given for a plan, and whatever `compileAt` throws. */
 export async function loadPlan(path: string, options: JobOptions, target?: string): Promise<LoadedPlan> {
+  if (basename(path) === "plan.txt" && existsSync(join(dirname(path), "plan.json")))
+    throw new Trouble(`${path} is the text of a plan for people`, `name the folder: ${dirname(path)}`);
   const inGit = await resolvedGitFile(path);
   const file = inGit ? undefined : planFile(path);
   if (!file && !inGit?.isPlan) {

@@ -143,7 +143,8 @@ function window({ lineText, col, endCol }: SourceLocation): { text: string; from
   return { text, from, to: Math.max(from + 1, Math.min(endCol - 1 - start + lead.length, text.length)) };
 }
 
-function wrap(text: string, width: number): string[] {
+/** Breaks a text between words. */
+export function wrap(text: string, width: number): string[] {
   const lines: string[] = [];
   let line = "";
   for (const word of text.split(" ")) {

@@ -2,7 +2,7 @@
 import leven from "leven";
 import { Trouble } from "../../schemas/trouble.ts";
 import { render } from "../../templates/bindings.ts";
-import { renderFindings } from "./diagnostic.ts";
+import { renderFindings, wrap } from "./diagnostic.ts";
 import { codes, type Explanation, explain } from "./explain.ts";
 
 /** Returns the explanation of a code. Throws a Trouble if the code does not exist. */
@@ -17,11 +17,18 @@ export function explained(code: string): Explanation {
   );
 }
 
-/** Formats an explanation. */
-export function printExplanation({ code, level, title, why, bad, finding, corrected = "" }: Explanation): string {
+/** Formats an explanation; its text has at most `width` columns. */
+export function printExplanation({ code, level, title, why, bad, finding, corrected = "" }: Explanation, width = 100): string {
   const lines = (text: string): string[] => text.trimEnd().split("\n");
   return render("text/explain", {
-    ...{ code, level, title, why, example: lines(bad), finding: lines(renderFindings([finding], { color: false })) },
+    ...{
+      code,
+      level,
+      title,
+      why: wrap(why, width).join("\n"),
+      example: lines(bad),
+      finding: lines(renderFindings([finding], { color: false })),
+    },
     corrected: corrected === "" ? [] : lines(corrected),
   });
 }

@@ -1,5 +1,6 @@
 /** Parses a YAML file into plain values with the place of every path. Errors of the text are findings; nothing throws. */
 import {
+  type Alias,
   type Document,
   isAlias,
   isMap,
@@ -129,12 +130,12 @@ export function parseFile(text: string, file: string): ParsedFile {
     find(textFaults.syntax, doc, "a job has a few dozen keys: remove everything else", place(0, 1));
     return { file, findings, locate: () => undefined };
   }
-  let line = 0;
+  const reported = new Set<number>();
   for (const e of [...doc.errors, ...doc.warnings]) {
     const at = place(e.pos[0], e.pos[1]);
     // further errors of a line follow from its first one
-    if (at.line === line) continue;
-    line = at.line;
+    if (reported.has(at.line)) continue;
+    reported.add(at.line);
     const [what, fix] = byYaml(e);
     find(what, say(e), fix, at);
   }
@@ -144,8 +145,15 @@ export function parseFile(text: string, file: string): ParsedFile {
   if (!findings.length) {
     try {
       value = doc.toJS({ maxAliasCount: 100 });
-    } catch (e) {
-      find(textFaults.alias, e instanceof Error ? e.message : String(e), "write the values without anchors and aliases", place(0, 1));
+    } catch {
+      const loose = looseAlias(doc);
+      const [from, to] = loose?.range ?? [0, 1];
+      find(
+        textFaults.alias,
+        loose ? `the alias *${loose.source} has no anchor &${loose.source} before it` : "the aliases expand to too many values",
+        "write the values without anchors and aliases",
+        place(from, to),
+      );
     }
   }
   if (!findings.length && !isObject(value))
@@ -276,6 +284,23 @@ function duplicates(doc: Document.Parsed): Node[] {
         if (seen.has(name)) found.push(key);
         seen.add(name);
       }
+    },
+  });
+  return found;
+}
+
+/** Returns the first alias that names no anchor. */
+function looseAlias(doc: Document.Parsed): Alias | undefined {
+  let found: Alias | undefined;
+  const anchors = new Set<string>();
+  visit(doc, {
+    Node(_, node) {
+      if (isAlias(node)) {
+        if (anchors.has(node.source)) return;
+        found = node;
+        return visit.BREAK;
+      }
+      if ("anchor" in node && typeof node.anchor === "string") anchors.add(node.anchor);
     },
   });
   return found;

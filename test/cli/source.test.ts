@@ -37,7 +37,11 @@ test("faults of a text have plain messages", () => {
   expect(say("name: [a\nmodel: {}\n")[0]).toMatch(/^S001 /);
   expect(say("\tname: a\n")[0]).toMatch(/^S001 .*indent with spaces/);
   expect(say("name: a\nname: b\n")).toEqual([expect.stringMatching(/^S002 .*keep one of them/)]);
-  expect(say("name: *a\n")).toEqual([expect.stringMatching(/^S003 /)]);
+  expect(say("name: *a\n")).toEqual([expect.stringMatching(/^S003 .*write the values/)]);
+  const [loose] = readJob("name: &b a\nmodel: [*b, *a]\n", "job.yaml").findings;
+  expect(loose).toMatchObject({ code: "S003", found: "the alias *a has no anchor &a before it", at: { line: 2, col: 13 } });
+  // the parser names a line twice where one bracket is missing
+  expect(say("model: {layers: 2\n  foo: [1, 2\n")).toHaveLength(2);
   expect(say("name: a\n---\nname: b\n")).toEqual([expect.stringMatching(/^S004 /)]);
   for (const text of ["", "# nothing\n", "- a\n", "42\n"]) expect(say(text)).toEqual([expect.stringMatching(/^S005 /)]);
   expect(say(`a: ${"[".repeat(100_000)}`)[0]).toMatch(/^S001 .*nest/);
