@@ -65,6 +65,16 @@ describe("the pipeline schedule of PyTorch", () => {
     expect(slots.size).toBe(stages.size * microbatches.size * (split ? 3 : 2));
     expect(new Set(rows.map(({ length }) => length)).size).toBe(1);
   });
+
+  test("the files that test/oracles/pipeline_csv.py runs through PyTorch are those of this version", async () => {
+    const deep = ["parallel.world=8", "parallel.tensor=1", "parallel.sequence=false", "parallel.pipeline=4", "parallel.data=2"];
+    for (const [name, plan] of [
+      ["interleaved", interleavedPlan()],
+      ["four-stages-of-two-chunks", planOf(interleaved, ...deep, "model.layers=8")],
+      ["zero-bubble", planOf(interleaved, "parallel.virtual_pipeline=1", "parallel.schedule=zero_bubble")],
+    ] as const)
+      await expect(pipelineCsv(plan)).toMatchFileSnapshot(`../fixtures/pipeline/${name}.csv`);
+  });
 });
 
 test("the trace has a process for each chosen rank, a slice for each block run, and no slices that overlap on a track", async () => {
