@@ -49,9 +49,18 @@ export function ranges(numbers: Iterable<number>): string {
   return runs.map(([from, to]) => (from === to ? `${from}` : `${from}-${to}`)).join(",");
 }
 
+/** Formats the ranks of a group: `0,1,2`; more than four at even distances as `0..14 by 2`. */
+export function rankList(group: readonly number[]): string {
+  const [first = 0, second = first + 1] = group;
+  const step = second - first;
+  const isEven = group.length > 4 && group.every((rank, i) => rank === first + i * step);
+  return isEven ? `${first}..${group.at(-1)}${step > 1 ? ` by ${step}` : ""}` : group.join(",");
+}
+
 /** Formats a time: `12.3 s`, `4.56 ms`, `78 µs`, with three digits. */
 export function secondsText(seconds: number): string {
-  if (seconds === 0) return "0 s";
+  // less than a nanosecond is a rest of sums and differences
+  if (Math.abs(seconds) < 1e-9) return "0 s";
   const [value, unit] = seconds >= 1 ? [seconds, "s"] : seconds >= 1e-3 ? [1e3 * seconds, "ms"] : [1e6 * seconds, "µs"];
   return `${value >= 1000 ? countText(Math.round(value)) : value.toPrecision(3)} ${unit}`;
 }

@@ -148,12 +148,9 @@ async function detailsOf(plan: Plan, path: string, options: InspectArguments): P
   if (rank !== undefined) {
     const { world } = plan.mesh;
     if (rank >= world) throw new Trouble(`there is no rank ${rank}: the plan has ${world}`, `use --rank 0 to --rank ${world - 1}`);
-    const [{ inspectRank, printRank }, { fitLines }] = await Promise.all([
-      import("../report/inspectRank.ts"),
-      import("../report/textLayout.ts"),
-    ]);
+    const { inspectRank, printRank } = await import("../report/inspectRank.ts");
     const view = inspectRank(plan, rank);
-    sections.push({ key: "rank", value: view, lines: fitLines(printRank(view).split("\n"), width) });
+    sections.push({ key: "rank", value: view, lines: printRank(plan, view, width) });
   }
   for (const [key, id] of [
     ["op", op],
@@ -169,7 +166,9 @@ async function detailsOf(plan: Plan, path: string, options: InspectArguments): P
     ]);
     const found = findId(plan, id);
     if (key === "op") {
-      sections.push({ key, value: found.instructions.map(({ instruction }) => instruction), lines: printInstructions(found, width) });
+      const instructions = found.instructions.map(({ instruction }) => instruction);
+      const value = instructions.length > 0 ? instructions : found.buffers.map(({ buffer }) => buffer);
+      sections.push({ key, value, lines: printInstructions(found, width) });
       continue;
     }
     const { profileFor } = await import("./deviceProfile.ts");

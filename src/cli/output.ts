@@ -14,11 +14,11 @@ export const printStdout = (text: string): void => void process.stdout.write(wit
 /** Prints a report with style marks to stdout, in color on a terminal. */
 export const printReport = (text: string): void => void process.stdout.write(paint(withNewline(escaped(text)), showsColor(process.stdout)));
 
-/** Returns the columns of a report: COLUMNS, else those of the terminal, else 80; at least 60. */
+/** Returns the columns of a report: COLUMNS, else those of the terminal, else 80; at least 72. */
 export function reportWidth(): number {
   const asked = Number(process.env.COLUMNS);
   const columns = Number.isInteger(asked) && asked > 0 ? asked : process.stdout.isTTY ? process.stdout.columns : 80;
-  return Math.max(60, Math.min(columns, 240));
+  return Math.max(72, Math.min(columns, 240));
 }
 
 /** Prints a value to stdout as indented JSON. */

@@ -115,7 +115,7 @@ function trafficChanges(a: Inspection, b: Inspection): Consequence[] {
   const one = (axis: string): Consequence[] => {
     const [from, to] = [old.find((t) => t.axes === axis) ?? none, now.find((t) => t.axes === axis) ?? none];
     const delta = seconds(to) - seconds(from);
-    if (Math.round(from.inside) === Math.round(to.inside) && Math.round(from.across) === Math.round(to.across)) return [];
+    if (linkChange(from, to) === "") return [];
     return [
       {
         kind: "traffic",
@@ -132,7 +132,7 @@ function trafficChanges(a: Inspection, b: Inspection): Consequence[] {
 function linkChange(from: Pick<AxisTraffic, "inside" | "across">, to: Pick<AxisTraffic, "inside" | "across">): string {
   const bytes = (n: number): string => (n < 1 ? "none" : bytesText(Math.round(n)));
   const part = (name: string, x: number, y: number): string[] =>
-    Math.round(x) === Math.round(y) ? [] : [`${bytes(x)} -> ${bytes(y)}${percent(x, y)} ${name}`];
+    bytes(x) === bytes(y) ? [] : [`${bytes(x)} -> ${bytes(y)}${percent(x, y)} ${name}`];
   return [...part("across nodes", from.across, to.across), ...part("inside a node", from.inside, to.inside)].join(", ");
 }
 

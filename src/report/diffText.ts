@@ -45,7 +45,7 @@ export function printDiff(diff: PlanDiff, { width, isWhole }: DiffTextOptions = 
     ),
     ...cut(diff.placement, "placement", (rows) => placementLines(rows, width), "--only placement"),
     ...cut(sortedSummary(diff.summary, isWhole), "summary", (rows) => summaryLines(rows, width), "--only summary"),
-    ...(diff.program.length > 0 ? [programHead(diff.program)] : []),
+    ...(diff.program.length > 0 ? fitLines([programHead(diff.program)], width) : []),
     ...cut(sortedProgram(diff.program), "program", (rows) => rows.flatMap((row) => programLines(row, width, isWhole)), "--only program"),
   ]
     .join("\n")
@@ -118,7 +118,7 @@ export function percentText(from: number, to: number): string {
 function summaryLines(rows: readonly SummaryChange[], width: number): string[] {
   const columns: Column[] = [
     { head: "stages" },
-    { head: "what" },
+    { head: "what", wraps: true },
     { head: "before", right: true },
     { head: "after", right: true },
     { head: "change", right: true },
@@ -137,14 +137,14 @@ function sortedProgram(program: readonly ProgramChange[]): ProgramChange[] {
   return [...program].sort((x, y) => order(x) - order(y) || isCompute(x) - isCompute(y) || y.layers.length - x.layers.length);
 }
 
-/** The columns of an id in a text that is cut. */
-const ID = 40;
+/** The least and the most columns of an id in a text that is cut. */
+const ID = { least: 20, most: 60 } as const;
 
-/** Returns an id without parts in its middle. */
-function shortId(id: string): string {
-  if (id.length <= ID) return id;
-  const tail = id.slice(id.lastIndexOf(".", id.length - 2));
-  return `${id.slice(0, Math.max(8, ID - tail.length - 1))}…${tail}`;
+/** Returns an id of at most `most` columns: parts in its middle are left out. */
+function shortId(id: string, most: number): string {
+  if (id.length <= most) return id;
+  const tail = id.slice(Math.max(id.length - most + 9, id.lastIndexOf(".", id.length - 2)));
+  return `${id.slice(0, Math.max(8, most - tail.length - 1))}…${tail}`;
 }
 
 /** Formats a change: on one line if levels are cut. */
@@ -156,7 +156,9 @@ function programLines({ change, phase, id, does, layers, stages, differences }: 
     `stage${stages.length > 1 ? "s" : ""} ${ranges(stages)}`,
   ].join(", ");
   const what = differences.map((d) => `${d.what} ${d.old} -> ${d.new}`).join("; ");
-  const line = `  ${sign} ${does} ${isWhole ? id : shortId(id)} (${where})${what ? `: ${what}` : ""}`;
+  const before = `  ${sign} ${does ? `${does} ` : ""}`;
+  const room = Math.min(ID.most, Math.max(ID.least, width - before.length - where.length - (what ? 8 : 5)));
+  const line = `${before}${isWhole ? id : shortId(id, room)} (${where})${what ? `: ${what}` : ""}`;
   const [first = "", ...more] = fitLines([line], isWhole ? width : width - 2);
   return isWhole ? [first, ...more] : [more.length === 0 ? first : `${first} …`];
 }

@@ -79,7 +79,7 @@ const headLines = (view: EstimateView, width: number): string[] =>
 
 /** Returns the lines of `inspect --time`: the parts of each stage, communication by axes, and where the figures come from. */
 export function printTimeSection(view: EstimateView | undefined, width: number): string[] {
-  if (!view) return ["time: the device of the job has no profile; name one with --device"];
+  if (!view) return labelled("time", "the device of the job has no profile; name one with --device", width);
   const { profile, sources } = view;
   return [
     ...headLines(view, width),
@@ -152,9 +152,9 @@ function classTable(view: EstimateView, width: number): string[] {
   const columns: Column[] = [
     { head: "collective" },
     { head: "axes" },
-    { head: "stream" },
+    { head: "stream", drop: 1 },
     { head: "sent", right: true },
-    { head: "time", right: true },
+    { head: "time", right: true, drop: 2 },
     { head: "hidden", right: true },
     { head: "exposed", right: true },
   ];

@@ -80,6 +80,9 @@ function closest(ids: readonly PlacedId[], text: string): PlacedId {
   if (only !== undefined) return only;
   const [best] = fitting;
   if (best) {
+    // an instruction that is recomputed is meant only where its id says so
+    const first = best.filter(({ id }) => !/\.again\b/.test(id));
+    if (first.length === 1 && first[0]) return first[0];
     const names = [...best].sort((a, b) => a.id.length - b.id.length).map(({ id, form }) => (pool === ids ? id : form));
     const more = names.length > MOST ? `, … (${names.length})` : "";
     throw new Trouble(
@@ -89,11 +92,12 @@ function closest(ids: readonly PlacedId[], text: string): PlacedId {
   }
   const near = [...byForm.keys()]
     .map((form) => ({ form, distance: distanceOf(form, text) }))
+    .filter(({ distance }) => distance <= Math.max(1, text.length / 3))
     .sort((a, b) => a.distance - b.distance)
     .slice(0, MOST);
   throw new Trouble(
     `no instruction and no buffer is named "${printable(text, 80)}"`,
-    `did you mean ${near.map(({ form }) => form).join(", ")}?`,
+    near.length > 0 ? `did you mean ${near.map(({ form }) => form).join(", ")}?` : "inspect with --rank 0 lists the instructions of a rank",
   );
 }
 
@@ -111,8 +115,8 @@ function fits(text: string): readonly ((placed: PlacedId) => boolean)[] {
   ];
 }
 
-/** The least distance to the id, or to its end. */
+/** The least distance to the id, or to its end; the end counts half a change more, so that a whole id comes first. */
 function distanceOf(form: string, text: string): number {
   const end = form.slice(Math.max(0, form.length - text.length));
-  return Math.min(leven(form.toLowerCase(), text.toLowerCase(), { maxDistance: 60 }), leven(end.toLowerCase(), text.toLowerCase()) + 3);
+  return Math.min(leven(form.toLowerCase(), text.toLowerCase(), { maxDistance: 60 }), leven(end.toLowerCase(), text.toLowerCase()) + 0.5);
 }

@@ -4,8 +4,9 @@ import { blocksOf, blockTag } from "../../schemas/program.ts";
 import { groupMembers, numberInStage, rankAt, rankCoordinate, stageOfRank, subAxisOf } from "../../schemas/sharding.ts";
 import { programOf } from "../analysis/stages.ts";
 import { denseAxes, expertAxes, type GridAxis } from "../passes/mesh.ts";
-import { table } from "../units.ts";
-import { blockLines, blockName, timesText } from "./programText.ts";
+import { countText, rankList } from "../units.ts";
+import { blockLines, blockName, printProgram, timesText } from "./programText.ts";
+import { bold, fitLines, fitTable } from "./textLayout.ts";
 
 /** The view of one rank. */
 export interface RankInspection {
@@ -50,14 +51,19 @@ export function inspectRank(plan: Plan, rank: number): RankInspection {
   };
 }
 
-/** Formats the view of one rank as text. */
-export function printRank({ rank, stage, node, axes, program, order }: RankInspection): string {
+/** The block runs that the text shows at the begin and at the end of the order. */
+const SHOWN = { first: 24, last: 8 } as const;
+
+/** Formats the view of one rank: equal layers and chunks are printed once, and a long order is cut in its middle. */
+export function printRank(plan: Plan, { rank, stage, node, axes, order }: RankInspection, width: number): string[] {
+  const left = order.length - SHOWN.first - SHOWN.last;
+  const runs = left > 1 ? [...order.slice(0, SHOWN.first), `… ${countText(left)} more …`, ...order.slice(-SHOWN.last)] : order;
+  const columns = [{ head: "" }, { head: "" }, { head: "" }];
+  const rows = axes.map((a) => [a.axis, `${a.coordinate} of ${a.size}`, `group ${rankList(a.group)}`]);
   return [
-    `rank ${rank}: stage ${stage}, node ${node}`,
-    ...table(axes.map((a) => [a.axis, `${a.coordinate} of ${a.size}`, `group ${a.group.join(",")}`])),
+    `${bold(`rank ${rank}`)}: stage ${stage}, node ${node}`,
+    ...fitTable(columns, rows, { width, heads: false }),
     "",
-    `order: ${order.join(" ")} then the step`,
-    "",
-    ...program.flatMap(({ block, times, lines }) => [`${block}, ${times}:`, ...lines, ""]),
-  ].join("\n");
+    ...fitLines([`${bold("order")}: ${runs.join(" ")}, then the step`, "", ...printProgram(programOf(plan, stage))], width),
+  ];
 }

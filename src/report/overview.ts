@@ -7,7 +7,7 @@ import { bytesText, countText, flopsText, largest, plural, ranges } from "../uni
 import { timeLines } from "./estimateView.ts";
 import type { AxisView, Inspection, RoleView } from "./inspect.ts";
 import { linkText } from "./links.ts";
-import { bar, bold, type Column, dim, fitLines, fitTable, inPartColour, labelled, warn, wrap } from "./textLayout.ts";
+import { bar, bold, type Column, dim, fitLines, fitTable, inPartColour, labelled, textWidth, warn, wrap } from "./textLayout.ts";
 
 /** The lines of a screen. */
 const LINES = 40;
@@ -38,7 +38,7 @@ export function printOverview(plan: Plan, view: Inspection, warnings: readonly W
       "",
       ...scheduleLines(plan, view, width),
       ...timeLines(view.estimate, width),
-      ...warnings.slice(0, most).map(({ code, title, found }) => cut(`${warn(`warning ${code}`)} ${title}: ${found}`, width)),
+      ...warnings.slice(0, most).map((warning) => warningLine(warning, width)),
       ...(warnings.length > most ? [`… and ${plural(warnings.length - most, "more warning")}`] : []),
       ...fitLines([dim("more: --time --mesh --memory --comms --schedule --kernels --rank R --op ID --why ID")], width),
     ];
@@ -47,11 +47,14 @@ export function printOverview(plan: Plan, view: Inspection, warnings: readonly W
   return lines.join("\n");
 }
 
-/** Cuts a line at a word. */
-const cut = (line: string, width: number): string => {
-  const [first = "", ...more] = fitLines([line], width - 2);
-  return more.length > 0 ? `${first} …` : first;
-};
+/** Formats a warning on one line: its text is cut at a word, and left out where no word fits. */
+function warningLine({ code, title, found }: Warning, width: number): string {
+  const head = `${warn(`warning ${code}`)} ${title}`;
+  if (textWidth(head) > width) return `${wrap(head, width - 2)[0] ?? ""} …`;
+  const [first = "", ...more] = wrap(found, width - textWidth(head) - 4);
+  if (textWidth(head) + textWidth(first) + 4 > width) return head;
+  return `${head}: ${first}${more.length > 0 ? " …" : ""}`;
+}
 
 function headLines({ job }: Plan, { name, digest, rankc, target, derived }: Inspection, width: number): string[] {
   const { model, train } = job;

@@ -39,3 +39,30 @@ export function drawSchedule(orders: readonly (readonly BlockRun[])[], chunks: n
   const legend = `F forward one unit, B backward ${split ? "of inputs one, W of weights one" : "two"}${chunks > 1 ? "; .c is the chunk" : ""}`;
   return { rows, legend, units, bubble: bubbleOf(stages) };
 }
+
+/** The share of a column that one kind must fill to have its letter, and that must be idle for a dot. */
+const MOSTLY = { kind: 0.9, idle: 0.5 } as const;
+const letters: Readonly<Record<BlockRun["kind"], string>> = { forward: "F", backward: "B", weights: "W" };
+
+/** Draws the whole step with `width` columns a stage; nothing if units have a column each. */
+export function drawStrips(orders: readonly (readonly BlockRun[])[], chunks: number, width: number): string[] {
+  const stages = timesOf(orders, chunks);
+  const units = durationOf(stages);
+  if (units <= width) return [];
+  const each = units / width;
+  return stages.map((lanes, stage) => {
+    const shares = Array.from({ length: width }, () => ({ forward: 0, backward: 0, weights: 0 }));
+    for (const { run, start, end } of lanes)
+      for (let column = Math.floor(start / each); column * each < end && column < width; column++) {
+        const share = shares[column];
+        if (share) share[run.kind] += (Math.min(end, (column + 1) * each) - Math.max(start, column * each)) / each;
+      }
+    const text = shares.map((share) => {
+      const busy = share.forward + share.backward + share.weights;
+      if (busy <= 1 - MOSTLY.idle) return ".";
+      const kind = (["forward", "backward", "weights"] as const).find((k) => share[k] >= MOSTLY.kind * busy);
+      return kind ? letters[kind] : "#";
+    });
+    return `  stage ${String(stage).padStart(String(orders.length - 1).length)} | ${text.join("")}`;
+  });
+}

@@ -3,13 +3,14 @@ import type { Plan } from "../../schemas/plan.ts";
 import { blocksOf, timesIn } from "../../schemas/program.ts";
 import { BufferTable } from "../analysis/bufferTable.ts";
 import { flopsOf } from "../analysis/cost.ts";
+import { anyLayer } from "../analysis/layerNames.ts";
 import { chunksPerStage } from "../analysis/stages.ts";
 import { ops } from "../ops/index.ts";
 import { groups } from "../passes/mesh.ts";
-import { bytesText, countText, flopsText, plural, ranges } from "../units.ts";
-import { type AxisView, type CollectiveView, type Inspection, type RoleView, withRelativeLayers } from "./inspect.ts";
+import { bytesText, countText, flopsText, percentOf, plural, ranges, rankList } from "../units.ts";
+import type { AxisView, CollectiveView, Inspection, RoleView } from "./inspect.ts";
 import { axesTable, meshLines, microbatchText } from "./overview.ts";
-import { drawSchedule } from "./schedulePicture.ts";
+import { drawSchedule, drawStrips } from "./schedulePicture.ts";
 import { bold, type Column, dim, fitLines, fitTable, labelled } from "./textLayout.ts";
 
 /** Formats the mesh: all nodes, the axes, and the groups of each axis. */
@@ -18,29 +19,20 @@ export function printMeshSection(plan: Plan, view: Inspection, width: number): s
   const listed = ({ axis, groups: count, size }: AxisView): string[] => {
     if (size === 1) return [];
     const all = groups(plan.mesh, [axis as Parameters<typeof groups>[1][number]]);
-    const shown = all.slice(0, most).map((group) => `{${stepped(group)}}`);
+    const shown = all.slice(0, most).map((group) => `{${rankList(group)}}`);
     return ["", ...labelled(axis, `${shown.join(" ")}${count > most ? ` … ${countText(count - most)} more groups` : ""}`, width)];
   };
   return [...meshLines(plan, view, width, 64), ...axesTable(view.mesh.axes, width), ...view.mesh.axes.flatMap(listed), ""];
 }
 
-/** Returns ranks at even distances as `0..14 by 2`. */
-function stepped(group: readonly number[]): string {
-  const [first = 0, second = first + 1] = group;
-  const step = second - first;
-  const isEven = group.length > 4 && group.every((rank, i) => rank === first + i * step);
-  return isEven ? `${first}..${group.at(-1)}${step > 1 ? ` by ${step}` : ""}` : group.join(",");
-}
-
-/** Formats the collectives and transfers of each stage by falling bytes. Stages that differ only in their layers are one list. */
+/** Formats the collectives and transfers of each stage by falling bytes, equal layers together. Stages with equal lists share one. */
 export function printCommunication({ roles, mesh }: Inspection, most: number, width: number): string[] {
-  const lists: { readonly lines: string[]; readonly form: string; readonly stages: number[] }[] = [];
+  const lists: { readonly lines: string[]; readonly stages: number[] }[] = [];
   for (const role of roles) {
     const lines = communicationOf(role, most, width);
-    const form = communicationOf(withRelativeLayers(role), most, width).join("\n");
-    const same = lists.find((list) => list.form === form);
+    const same = lists.find((list) => list.lines.join("\n") === lines.join("\n"));
     if (same) same.stages.push(role.stage);
-    else lists.push({ lines, form, stages: [role.stage] });
+    else lists.push({ lines, stages: [role.stage] });
   }
   const listed = lists.flatMap(({ lines, stages }) => [bold(`stage${stages.length > 1 ? "s" : ""} ${ranges(stages)}`), ...lines, ""]);
   return [
@@ -54,7 +46,35 @@ export function printCommunication({ roles, mesh }: Inspection, most: number, wi
 /** Returns the name of a collective with its stream, if it is asynchronous. */
 const streamed = (name: string, { stream }: CollectiveView): string => (stream ? `${name}, stream ${stream}` : name);
 
-function communicationOf({ collectives, transfers }: RoleView, most: number, width: number): string[] {
+/** A row of the table: what a rank of the stage sends or receives in a step. */
+interface SentRow {
+  readonly bytes: number;
+  readonly number: number;
+  /** Phase, name, axes or peer, nodes; and what needs it. */
+  readonly cells: readonly [string, string, string, string];
+  readonly each: number;
+  readonly neededBy: string;
+}
+
+/** Names the other stage of a transfer, so that stages whose neighbours differ only in their numbers have equal rows. */
+const peerText = (stage: number, peer: number): string =>
+  peer === stage + 1 ? "next stage" : peer === stage - 1 ? "stage before" : `stage ${peer}`;
+
+/** Returns the rows of transfers; those of equal layers are one. */
+function transferRows({ stage, transfers }: RoleView): SentRow[] {
+  const rows = new Map<string, SentRow>();
+  for (const { phase, kind, peer, buffer, layer, bytes, per_step, across } of transfers) {
+    const cells = [phase, kind, peerText(stage, peer), across > 0 ? "2" : "1"] as const;
+    const neededBy = anyLayer(buffer, layer);
+    const key = [...cells, bytes, neededBy].join("|");
+    const before = rows.get(key);
+    const number = (before?.number ?? 0) + per_step;
+    rows.set(key, { cells, neededBy, number, bytes: number * bytes, each: bytes });
+  }
+  return [...rows.values()];
+}
+
+function communicationOf(role: RoleView, most: number, width: number): string[] {
   const columns: Column[] = [
     { head: "a step", right: true },
     { head: "phase" },
@@ -65,48 +85,44 @@ function communicationOf({ collectives, transfers }: RoleView, most: number, wid
     { head: "each", right: true, drop: 2 },
     { head: "needed by (job key)" },
   ];
-  const row = (c: CollectiveView): string[] => [
-    bytesText(c.bytes_per_step),
-    c.phase,
-    streamed(c.name, c),
-    c.axes,
-    countText(c.link.nodes),
-    countText(c.per_step),
-    bytesText(c.bytes),
-    `${c.ops[0] ?? ""}${c.ops.length > 1 ? ` +${c.ops.length - 1}` : ""} (${c.path})`,
+  const collectives = role.collectives.map(
+    (c): SentRow => ({
+      ...{ bytes: c.bytes_per_step, number: c.per_step, each: c.bytes },
+      cells: [c.phase, streamed(c.name, c), c.axes, countText(c.link.nodes)],
+      neededBy: `${c.ops[0] ?? ""}${c.ops.length > 1 ? ` +${c.ops.length - 1}` : ""} (${c.path})`,
+    }),
+  );
+  const rows = [...collectives, ...transferRows(role)].sort((a, b) => b.bytes - a.bytes);
+  if (rows.length === 0) return ["  none: one rank"];
+  const left = rows.slice(most);
+  const bytes = left.reduce((sum, row) => sum + row.bytes, 0);
+  const cells = ({ bytes, cells, number, each, neededBy }: SentRow): string[] => [
+    ...[bytesText(bytes), ...cells, countText(number), bytesText(each), neededBy],
   ];
-  const sent = [...collectives].sort((a, b) => b.bytes_per_step - a.bytes_per_step);
-  const left = sent.slice(most);
-  const bytes = left.reduce((sum, c) => sum + c.bytes_per_step, 0);
-  const moves = transfers.map((t) => [
-    bytesText(t.bytes * t.per_step),
-    t.phase,
-    t.kind,
-    `stage ${t.peer}`,
-    t.across > 0 ? "2" : "1",
-    countText(t.per_step),
-    bytesText(t.bytes),
-    t.buffer,
-  ]);
-  if (sent.length === 0 && moves.length === 0) return ["  none: one rank"];
   return [
-    ...fitTable(columns, [...sent.slice(0, most).map(row), ...moves], { width }),
-    ...(left.length > 0 ? [dim(`  … ${plural(left.length, "collective")} with ${bytesText(bytes)}; --top N shows more`)] : []),
+    ...fitTable(columns, rows.slice(0, most).map(cells), { width }),
+    ...(left.length > 0 ? [dim(`  … ${countText(left.length)} more with ${bytesText(bytes)}; --top N shows them`)] : []),
   ];
 }
 
-/** Formats the schedule, cut in the middle to fit the width. */
+/** Formats the schedule: the first and the last block runs, and the whole step with a column for many units where it is wider than the text. */
 export function printScheduleSection(plan: Plan, { schedule, derived }: Inspection, width: number): string[] {
   const orders = plan.programs.map((program) => program.order);
+  const chunks = chunksPerStage(plan);
   const label = `stage ${orders.length - 1} | `.length + 2;
-  const drawn = drawSchedule(orders, chunksPerStage(plan), Math.max(20, width - label));
+  const room = Math.max(20, width - label);
+  const drawn = drawSchedule(orders, chunks, room);
+  const strips = drawStrips(orders, chunks, room);
   return [
     ...labelled(
       "schedule",
-      `${microbatchText(derived.microbatches)}; ${schedule.legend}; ${countText(schedule.units)} units, bubble ${(100 * schedule.bubble).toFixed(1)} %`,
+      `${microbatchText(derived.microbatches)}; ${schedule.legend}; ${countText(schedule.units)} units, bubble ${percentOf(schedule.bubble)}; - goes on, . is idle`,
       width,
     ),
     ...drawn.rows.map((row) => `  ${row}`),
+    ...(strips.length > 0
+      ? ["", ...labelled("all units", "a column is what fills most of its units; # several kinds, . idle", width), ...strips]
+      : []),
     "",
   ];
 }

@@ -4,7 +4,7 @@ import type { Buffer, BufferKind, Plan, Program } from "../../schemas/plan.ts";
 import { elementsOf } from "../../schemas/sharding.ts";
 import { anyLayer } from "../analysis/layerText.ts";
 import { memoryNames } from "../analysis/memoryBreakdown.ts";
-import { bytesText, countText, plural, ranges } from "../units.ts";
+import { bytesText, countText, percentOf, plural, ranges } from "../units.ts";
 import type { Inspection } from "./inspect.ts";
 import { bold, type Column, dim, fitLines, fitTable } from "./textLayout.ts";
 
@@ -69,6 +69,27 @@ export function stageTensors({ programs }: Pick<Plan, "programs">): StageTensors
   return [...found.values()];
 }
 
+/** A row of the table: a tensor of all chunks. */
+interface TensorRow {
+  readonly tensor: TensorGroup;
+  readonly total_bytes: number;
+  /** The number of tensors, and of their copies, by chunks with equal copies. */
+  readonly numbers: readonly string[];
+}
+
+/** Collects tensors that differ only in the copies of their chunks. */
+function mergedCopies(tensors: readonly TensorGroup[]): TensorRow[] {
+  const rows = new Map<string, TensorRow>();
+  for (const tensor of tensors) {
+    const { id, kind, dtype, shape, count, copies, total_bytes } = tensor;
+    const key = [id, kind, dtype, shape.join()].join("|");
+    const { total_bytes: before, numbers } = rows.get(key) ?? { total_bytes: 0, numbers: [] };
+    const number = `${countText(count)}${copies > 1 ? ` x ${copies}` : ""}`;
+    rows.set(key, { tensor, total_bytes: before + total_bytes, numbers: [...numbers, number] });
+  }
+  return [...rows.values()].sort((a, b) => b.total_bytes - a.total_bytes);
+}
+
 /** Formats the memory of each stage, and its largest tensors. */
 export function printTensors(plan: Plan, { roles, device }: Inspection, most: number, width: number): string[] {
   const columns: Column[] = [
@@ -80,15 +101,16 @@ export function printTensors(plan: Plan, { roles, device }: Inspection, most: nu
     { head: "shape", drop: 1 },
     { head: "tensor" },
   ];
-  return stageTensors(plan).flatMap(({ stages, tensors }) => {
+  return stageTensors(plan).flatMap(({ stages, tensors: groups }) => {
+    const tensors = mergedCopies(groups);
     const memory = roles.find(({ stage }) => stage === stages[0])?.memory;
     const peak = memory?.peak ?? 0;
-    const row = (t: TensorGroup): string[] => [
-      bytesText(t.total_bytes),
-      `${((100 * t.total_bytes) / peak).toFixed(1)} %`,
+    const row = ({ tensor: t, total_bytes, numbers }: TensorRow): string[] => [
+      bytesText(total_bytes),
+      percentOf(total_bytes / peak),
       memoryNames[t.kind],
       bytesText(t.bytes),
-      `${countText(t.count)}${t.copies > 1 ? ` x ${t.copies}` : ""}`,
+      numbers.join(" + "),
       `${t.dtype} [${t.ragged ? "<=" : ""}${t.shape.join(",")}]`,
       t.id,
     ];

@@ -55,12 +55,20 @@ export function pad(line: string, width: number, right = false): string {
 const number = /^[(~]?[-+]?[\d.,]+$/;
 const unit = /^(%|x|[KMGTPE]?i?B|[KMGTPE]?flops?|m?s|µs|[KMGTP]?B\/s|of)[),;:]*$/i;
 
-/** Returns the words of a line; a number and its unit are one word. */
+/** An option, and its argument that must stay beside it. */
+const option = /^--[a-z-]+$/;
+const argument = /^[A-Z]+$/;
+
+const unmarked = (word: string): string => word.replace(marks, "");
+
+/** Returns the words of a line; a number and its unit are one word, and so are an option and its argument. */
 function wordsOf(line: string): string[] {
   const words: string[] = [];
   for (const word of line.split(" ").filter(Boolean)) {
     const last = words.at(-1);
-    if (last !== undefined && number.test(last) && unit.test(word)) words[words.length - 1] = `${last} ${word}`;
+    const belongs =
+      last !== undefined && ((number.test(last) && unit.test(word)) || (option.test(unmarked(last)) && argument.test(unmarked(word))));
+    if (belongs) words[words.length - 1] = `${last} ${word}`;
     else words.push(word);
   }
   return words;
@@ -117,9 +125,11 @@ export interface Column {
   readonly right?: true;
   /** Columns with a number are left out in descending order where the width does not suffice. */
   readonly drop?: number;
+  /** The column that is wrapped where the table is still too wide: none or one, and not the last, which wraps as well. */
+  readonly wraps?: true;
 }
 
-/** Returns a table that fits a width: columns are dropped, then the last one is wrapped below itself. Rows have a cell per column. */
+/** Returns a table that fits a width: columns are dropped, then one is narrowed, and the last one is wrapped below itself. Rows have a cell per column. */
 export function fitTable(
   columns: readonly Column[],
   rows: readonly (readonly string[])[],
@@ -134,18 +144,27 @@ export function fitTable(
   const dropped = shown.filter((i) => columns[i]?.drop !== undefined).sort((a, b) => (columns[b]?.drop ?? 0) - (columns[a]?.drop ?? 0));
   for (const i of dropped) if (least() > width) shown = shown.filter((other) => other !== i);
   const last = shown.at(-1) ?? 0;
+  const narrow = least() > width ? shown.find((i) => columns[i]?.wraps) : undefined;
+  if (narrow !== undefined) sizes[narrow] = Math.max(12, (sizes[narrow] ?? 0) - (least() - width));
   return all.flatMap((row) => {
+    const [head = "", ...below] = narrow === undefined ? [] : wrap(row[narrow] ?? "", sizes[narrow] ?? 0, "  ");
+    const cellOf = (i: number): string => (i === narrow ? head : (row[i] ?? ""));
+    const before = shown.slice(0, shown.indexOf(narrow ?? 0)).reduce((sum, i) => sum + (sizes[i] ?? 0) + 2, indent.length);
     const lead =
       indent +
       shown
         .slice(0, -1)
-        .map((i) => `${pad(row[i] ?? "", sizes[i] ?? 0, columns[i]?.right)}  `)
+        .map((i) => `${pad(cellOf(i), sizes[i] ?? 0, columns[i]?.right)}  `)
         .join("");
     const cell = columns[last]?.right ? pad(row[last] ?? "", sizes[last] ?? 0, true) : (row[last] ?? "");
     const at = Math.min(textWidth(lead), Math.max(indent.length + 2, width - 24));
     const [first = "", ...more] = wrap(cell, width - textWidth(lead)).flatMap((line) => (textWidth(line) > 0 ? [line] : []));
     const rest = more.length === 0 ? [] : wrap(more.join(" "), width - at);
-    return [`${lead}${first}`.trimEnd(), ...rest.map((line) => " ".repeat(at) + line.trimStart())];
+    return [
+      `${lead}${first}`.trimEnd(),
+      ...rest.map((line) => " ".repeat(at) + line.trimStart()),
+      ...below.map((line) => " ".repeat(before) + line),
+    ];
   });
 }
 
