@@ -3,7 +3,7 @@ import type { Plan } from "../../schemas/plan.ts";
 import { blocksOf, timesIn } from "../../schemas/program.ts";
 import { BufferTable } from "../analysis/bufferTable.ts";
 import { flopsOf } from "../analysis/cost.ts";
-import { anyLayer } from "../analysis/layerNames.ts";
+import { anyLayer } from "../analysis/layerText.ts";
 import { chunksPerStage } from "../analysis/stages.ts";
 import { ops } from "../ops/index.ts";
 import { groups } from "../passes/mesh.ts";

@@ -144,12 +144,12 @@ export function fitTable(
   const dropped = shown.filter((i) => columns[i]?.drop !== undefined).sort((a, b) => (columns[b]?.drop ?? 0) - (columns[a]?.drop ?? 0));
   for (const i of dropped) if (least() > width) shown = shown.filter((other) => other !== i);
   const last = shown.at(-1) ?? 0;
-  const narrow = least() > width ? shown.find((i) => columns[i]?.wraps) : undefined;
-  if (narrow !== undefined) sizes[narrow] = Math.max(12, (sizes[narrow] ?? 0) - (least() - width));
+  const slimmed = least() > width ? shown.find((i) => columns[i]?.wraps) : undefined;
+  if (slimmed !== undefined) sizes[slimmed] = Math.max(12, (sizes[slimmed] ?? 0) - (least() - width));
   return all.flatMap((row) => {
-    const [head = "", ...below] = narrow === undefined ? [] : wrap(row[narrow] ?? "", sizes[narrow] ?? 0, "  ");
-    const cellOf = (i: number): string => (i === narrow ? head : (row[i] ?? ""));
-    const before = shown.slice(0, shown.indexOf(narrow ?? 0)).reduce((sum, i) => sum + (sizes[i] ?? 0) + 2, indent.length);
+    const [head = "", ...below] = slimmed === undefined ? [] : wrap(row[slimmed] ?? "", sizes[slimmed] ?? 0, "  ");
+    const cellOf = (i: number): string => (i === slimmed ? head : (row[i] ?? ""));
+    const before = shown.slice(0, shown.indexOf(slimmed ?? 0)).reduce((sum, i) => sum + (sizes[i] ?? 0) + 2, indent.length);
     const lead =
       indent +
       shown
