@@ -9,7 +9,7 @@ const compiled = new Map<string, Handlebars.TemplateDelegate>();
 /** Whether templates stay empty. */
 let isWithoutText = false;
 
-/** Returns the result of `make`, whose templates stay empty. For callers that need the launches and the scratch of kernels, not their sources. */
+/** Returns the result of `make`, whose templates stay empty. For callers that need the scratch of kernels, not their sources and launches. */
 export function withoutText<T>(make: () => T): T {
   isWithoutText = true;
   try {
@@ -18,6 +18,9 @@ export function withoutText<T>(make: () => T): T {
     isWithoutText = false;
   }
 }
+
+/** Returns whether templates stay empty: then what only appears in texts and launches need not be chosen. */
+export const needsNoText = (): boolean => isWithoutText;
 
 /** Fills a template with values and returns the text. Throws if a value is missing. */
 export function fill(name: string, values: object): string {

@@ -8,8 +8,10 @@ import { entryOf } from "../../schemas/lookup.ts";
 import { type Buffer, type Compute, type Instruction, type Kernel, type Program, WEIGHTS } from "../../schemas/plan.ts";
 import { microbatchBlocks, microbatchesIn } from "../../schemas/program.ts";
 import { elementsOf, shardCount } from "../../schemas/sharding.ts";
+import { bufferForm, computeForm } from "../analysis/instructionForms.ts";
 import { ops } from "../ops/index.ts";
 import type { Mesh } from "../passes/mesh.ts";
+import { Repeats } from "../passes/repeats.ts";
 import { canonical } from "../plan/canonical.ts";
 import { sha256 } from "../plan/seal.ts";
 import type { GeneratedKernel, KernelSpec } from "./kernelSpec.ts";
@@ -29,15 +31,23 @@ export interface GeneratedKernels {
 export function generateKernels(programs: readonly Program[], mesh: Mesh, target: Target): GeneratedKernels {
   const kernels = new Map<string, Kernel>();
   const sources = new Map<string, string>();
+  /** Names of the kernels of instructions, and numbers of buffers, by form. */
+  const [names, numbers] = [new Repeats<string>(), new Repeats<number>()];
+  const totals = new Map<string, number>();
   const named = programs.map((p): Program => {
     const buffers = new Map(p.buffers.map((b) => [b.id, b]));
+    const forms = new Map(p.buffers.map((b) => [b.id, numbers.of(bufferForm(b), () => numbers.forms)]));
     const microbatches = microbatchesIn(p);
     const use = (i: Compute, uses: number): string => {
-      const spec = kernelSpecOf(i, mesh, buffers);
-      const known = kernels.get(spec.name);
-      const kernel = known ?? generateKernel(spec, Object.keys(i.dims), target, sources);
-      kernels.set(spec.name, { ...kernel, uses: kernel.uses + uses });
-      return spec.name;
+      const index = i.rows === undefined ? "" : mayOverflow(i, buffers) ? "bounded" : "index";
+      const form = computeForm(i, (id) => forms.get(id), kernelAttrs(i)) + index;
+      const name = names.of(form, () => {
+        const spec = kernelSpecOf(i, mesh, buffers);
+        if (!kernels.has(spec.name)) kernels.set(spec.name, generateKernel(spec, Object.keys(i.dims), target, sources));
+        return spec.name;
+      });
+      totals.set(name, (totals.get(name) ?? 0) + uses);
+      return name;
     };
     const soleWriters = target.writesFirst ? soleWritersOf(p, buffers) : new Set<Instruction>();
     const name = (i: Compute, uses: number): Compute => {
@@ -65,7 +75,8 @@ export function generateKernels(programs: readonly Program[], mesh: Mesh, target
     const launches = made.launches.map(planLaunch);
     kernels.set(WEIGHTS, { ...{ id: WEIGHTS, op: WEIGHTS, dtypes: "", sizes: {}, attrs: {}, uses: 1, scratch: 0 }, source, launches });
   }
-  return { programs: named, kernels: [...kernels.values()].sort((a, b) => (a.id < b.id ? -1 : 1)), sources };
+  const counted = Array.from(kernels.values(), (kernel) => ({ ...kernel, uses: totals.get(kernel.id) ?? kernel.uses }));
+  return { programs: named, kernels: counted.sort((a, b) => (a.id < b.id ? -1 : 1)), sources };
 }
 
 /** Stores the source of a kernel, and returns its file and digest. */
@@ -98,36 +109,37 @@ function soleWritersOf({ chunks }: Program, buffers: ReadonlyMap<string, Buffer>
   return new Set(all.filter((i) => i.kind === "compute" && i.accumulates !== undefined && !ops[i.op].inPlace && isSole(i)));
 }
 
+/** Returns the attributes that are part of a kernel: not those that it receives at launch. */
+function kernelAttrs({ op, attrs }: Compute): Compute["attrs"] {
+  const { runtimeAttrs } = ops[op];
+  return runtimeAttrs ? Object.fromEntries(Object.entries(attrs).filter(([name]) => !runtimeAttrs.includes(name))) : attrs;
+}
+
+/** Returns whether an instruction makes rows whose number may exceed their bound. */
+const mayOverflow = ({ rows }: Compute, buffers: ReadonlyMap<string, Buffer>): boolean =>
+  rows !== undefined && buffers.has(`${rows}.needed`);
+
 /** Returns the kernel spec of an instruction. It contains nothing that differs between ranks or layers. */
 function kernelSpecOf(i: Compute, mesh: Mesh, buffers: ReadonlyMap<string, Program["buffers"][number]>): KernelSpec {
   const operands = [...Object.entries(i.reads), ...Object.entries(i.writes)].map(
     ([name, id]) => [name, entryOf(buffers, id, "buffer")] as const,
   );
   const ragged = operands.find(([, b]) => b.ragged)?.[1];
-  const { runtimeAttrs = [] } = ops[i.op];
-  const attrs = Object.fromEntries(Object.entries(i.attrs).filter(([name]) => !runtimeAttrs.includes(name)));
   const spec = {
     op: i.op,
-    d: { ...attrs, ...Object.fromEntries(Object.entries(i.dims).map(([dim, [size, subAxes]]) => [dim, size / shardCount(mesh, subAxes)])) },
+    d: {
+      ...kernelAttrs(i),
+      ...Object.fromEntries(Object.entries(i.dims).map(([dim, [size, subAxes]]) => [dim, size / shardCount(mesh, subAxes)])),
+    },
     size: Object.fromEntries(operands.map(([name, b]) => [name, elementsOf(b.shape)])),
     dtype: Object.fromEntries(operands.map(([name, b]) => [name, b.dtype])),
     accumulates: new Set(i.accumulates ?? []),
     bound: ragged?.shape[0] ?? 0,
     ...(i.blocks && { blocks: i.blocks.map(({ stride }) => stride) }),
     makesRows: i.rows !== undefined,
-    mayOverflow: i.rows !== undefined && buffers.has(`${i.rows}.needed`),
+    mayOverflow: mayOverflow(i, buffers),
   };
-  return { ...spec, name: nameOf(spec) };
-}
-
-/** Cache of kernel names: layers repeat the same specs. */
-const names = new Map<string, string>();
-function nameOf(spec: Omit<KernelSpec, "name">): string {
-  const text = JSON.stringify({ ...spec, accumulates: [...spec.accumulates] });
-  let name = names.get(text);
-  if (!name)
-    names.set(text, (name = `${spec.op}_${sha256(canonical({ ...spec, accumulates: [...spec.accumulates].sort() })).slice(0, 8)}`));
-  return name;
+  return { ...spec, name: `${spec.op}_${sha256(canonical({ ...spec, accumulates: [...spec.accumulates].sort() })).slice(0, 8)}` };
 }
 
 function generateKernel(spec: KernelSpec, dims: readonly string[], target: Target, sources: Map<string, string>): Kernel {

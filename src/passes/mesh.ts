@@ -10,6 +10,7 @@ import { gridAxisNames } from "../../schemas/meshAxes.ts";
 import type { MeshAxis } from "../../schemas/plan.ts";
 import { groupMembers, type MeshData, rankAt, subAxisOf } from "../../schemas/sharding.ts";
 import { invariant, type Value } from "../ops/op.ts";
+import { Repeats } from "./repeats.ts";
 
 /** The mesh as the plan stores it. */
 export type Mesh = MeshData;
@@ -106,8 +107,17 @@ export function sizeOfAxis({ sizes }: Pick<Mesh, "sizes">, axis: string): number
 export const hasSeparateGrids = ({ subAxes, per_stage }: Pick<Mesh, "subAxes" | "per_stage">): boolean =>
   subAxes.reduce((n, f) => n * f.size, 1) !== per_stage;
 
+/** Names of sets of sub-axes: a mesh has few, and each layout in a name has one per dim. */
+const axesNames = new WeakMap<Mesh, Repeats<string>>();
+
 /** Returns the name of a set of sub-axes: `tp`, `dp*cp`, `ep`. Names of the expert grid are preferred if `expert` is true. */
 export function axesName(mesh: Mesh, fs: readonly number[], expert: boolean): string {
+  const names = axesNames.get(mesh) ?? new Repeats<string>();
+  axesNames.set(mesh, names);
+  return names.of(`${expert ? "e" : "d"}${fs.join()}`, () => coveringName(mesh, fs, expert));
+}
+
+function coveringName(mesh: Mesh, fs: readonly number[], expert: boolean): string {
   const cover = (grid: readonly GridAxis[]) => {
     const names = grid.filter((n) => mesh.axes[n].length > 0 && mesh.axes[n].every((f) => fs.includes(f)));
     return names.flatMap((n) => mesh.axes[n]).length === fs.length ? names.join("*") : undefined;

@@ -250,7 +250,8 @@ class UpdateBuffers {
   }
 
   #isPlacement(v: Value, layout: ShardedValue["layout"]): boolean {
-    return layoutKey({ value: v, layout }) === layoutKey({ value: v, layout: placementOf(this.#sharded, v).layout });
+    const placed = placementOf(this.#sharded, v).layout;
+    return layout === placed || layoutKey({ layout }) === layoutKey({ layout: placed });
   }
 }
 

@@ -75,6 +75,8 @@ export class ProgramBuilder {
   readonly #idCounts = new Map<string, number>();
   /** Per index of rows, its layout as a part of names. */
   readonly #rowLayouts = new Map<string, string>();
+  /** Buffers of sharded values: `shard` passes one object to all uses of a value in its layout. */
+  readonly #bufferIds = new Map<ShardedValue, string>();
 
   constructor(
     readonly job: Job,
@@ -178,6 +180,14 @@ export class ProgramBuilder {
 
   /** Adds the buffer of a sharded value unless it exists. Returns its id. */
   readonly bufferOf = (shardedValue: ShardedValue): string => {
+    const known = this.#bufferIds.get(shardedValue);
+    if (known !== undefined && this.buffers.has(known)) return known;
+    const id = this.#addBuffer(shardedValue);
+    this.#bufferIds.set(shardedValue, id);
+    return id;
+  };
+
+  #addBuffer(shardedValue: ShardedValue): string {
     const { value: v, layout } = shardedValue;
     const placed = this.#placementOf(v);
     // most values are used in the layout in which they were placed: comparing texts takes longer
@@ -203,7 +213,7 @@ export class ProgramBuilder {
       ...(v.quota ? { quota: { ...v.quota } } : {}),
       rows: this.#rowsOf(shardedValue, bound),
     });
-  };
+  }
 
   /** Emits a reshard step of `shard` between two buffers. */
   reshard(

@@ -11,6 +11,7 @@ import { chunksPerStage } from "../analysis/stages.ts";
 import { targetNames } from "../codegen/targetNames.ts";
 import { invariant } from "../ops/op.ts";
 import { buildMesh } from "../passes/mesh.ts";
+import { Repeats } from "../passes/repeats.ts";
 import { microbatchesOf, smallerStepsOf } from "../passes/schedule.ts";
 import { verifyPrograms } from "../passes/verify.ts";
 import type { sections } from "./seal.ts";
@@ -44,10 +45,11 @@ function verifyStages({ job, mesh, programs }: Plan): void {
   invariant(programs.length === stages, `${programs.length} programs for ${stages} stages`);
   const microbatches = microbatchesOf(job);
   invariant(Number.isInteger(microbatches), `the global batch of the job is not a multiple of one microbatch on all data ranks`);
+  const checked = { buffers: new Repeats<number>(), instructions: new Repeats<true>() };
   for (const [stage, p] of programs.entries()) {
     invariant(p.stage === stage, `program ${stage} is for stage ${p.stage}`);
     verifyChunks(p, chunksPerStage({ programs }), microbatches);
-    verifyShapes(p, { job, mesh, stages: programs });
+    verifyShapes(p, { job, mesh, stages: programs, checked });
   }
 }
 

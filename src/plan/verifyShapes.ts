@@ -8,11 +8,13 @@ import type { Buffer, Collective, Compute, InputSource, Program, Transfer } from
 import { inputName, instructionsOf } from "../../schemas/program.ts";
 import { elementsOf, shardCount, subAxisOf } from "../../schemas/sharding.ts";
 import { bytesSent } from "../analysis/cost.ts";
+import { bufferForm, computeForm } from "../analysis/instructionForms.ts";
 import { ops } from "../ops/index.ts";
 import { type AnyOp, expandLike, invariant, type Operand } from "../ops/op.ts";
 import { dimSize } from "../ops/signature.ts";
 import { sizeOf } from "../passes/memory.ts";
 import type { Mesh } from "../passes/mesh.ts";
+import type { Repeats } from "../passes/repeats.ts";
 
 type Buffers = ReadonlyMap<string, Buffer>;
 /** The rest of the plan. */
@@ -21,6 +23,8 @@ interface PlanContext {
   readonly mesh: Mesh;
   /** The programs of all stages. */
   readonly stages: readonly Program[];
+  /** What was checked before, by form: buffers with their numbers, and compute instructions. */
+  readonly checked: { readonly buffers: Repeats<number>; readonly instructions: Repeats<true> };
 }
 /** The program under check and the rest of the plan. */
 interface Context extends PlanContext {
@@ -42,9 +46,18 @@ export function verifyShapes(program: Program, plan: PlanContext): void {
   const context: Context = { ...plan, who: `stage ${program.stage}`, program, buffers };
   invariant(buffers.size === program.buffers.length, () => `${context.who}: two buffers have the same id`);
   const before = new Set<string>();
+  const { checked } = plan;
+  const forms = new Map<string, number>();
   for (const b of program.buffers) {
-    const fault = faultOfBuffer(b, context);
-    if (fault !== undefined) invariant(false, `${context.who}: buffer ${b.id}: ${fault}`);
+    const must = (fault: string | undefined): void => {
+      if (fault !== undefined) invariant(false, `${context.who}: buffer ${b.id}: ${fault}`);
+    };
+    const number = checked.buffers.of(bufferForm(b), () => {
+      must(faultOfSizes(b, plan.mesh));
+      return checked.buffers.forms;
+    });
+    forms.set(b.id, number);
+    must(faultOfBuffer(b, context));
     // the outer buffer must come first, so `within` has no cycles
     const outer = b.within === undefined ? undefined : buffers.get(b.within);
     invariant(
@@ -53,14 +66,17 @@ export function verifyShapes(program: Program, plan: PlanContext): void {
     );
     before.add(b.id);
   }
+  const formOf = (id: string): number | undefined => forms.get(id);
   for (const i of instructionsOf(program)) {
-    const fault =
-      i.kind === "compute"
-        ? faultOfCompute(i, context)
-        : i.kind === "collective"
-          ? faultOfCollective(i, context)
-          : faultOfTransfer(i, context);
-    if (fault !== undefined) invariant(false, `${context.who}: ${i.id}: ${fault}`);
+    const must = (fault: string | undefined): void => {
+      if (fault !== undefined) invariant(false, `${context.who}: ${i.id}: ${fault}`);
+    };
+    if (i.kind !== "compute") must(i.kind === "collective" ? faultOfCollective(i, context) : faultOfTransfer(i, context));
+    else
+      checked.instructions.of(`${indexState(i, buffers)} ${computeForm(i, formOf)}`, () => {
+        must(faultOfCompute(i, context));
+        return true;
+      });
   }
   verifyParameters(context);
   verifyInputs(context);
@@ -79,20 +95,28 @@ function areSubAxes(fs: readonly number[], mesh: Mesh): boolean {
 }
 const areSame = (a: readonly number[], b: readonly number[]): boolean => a.length === b.length && a.every((n, i) => n === b[i]);
 
-/** Returns the fault of a single buffer; undefined if there is none. */
-function faultOfBuffer(b: Buffer, { mesh, program, buffers }: Context): string | undefined {
-  const { id, ragged, sizes, shape, shardedBy, partial, kind, chunk, fanout, rows } = b;
-  if (id === "__proto__") return "this name is reserved";
+/** Returns the fault of what a form of buffers states; undefined if there is none. */
+function faultOfSizes(b: Buffer, mesh: Mesh): string | undefined {
+  const { ragged, sizes, shape, shardedBy } = b;
   if (ragged !== 0 && ragged !== 3) return `${ragged} ragged dims`;
   if (sizes.length > MOST_DIMS) return `${sizes.length} dims, and a tensor has ${MOST_DIMS} at most`;
   if (shardedBy.length !== sizes.length) return `shardedBy has ${shardedBy.length} entries for ${sizes.length} dims`;
   if (shape.length !== sizes.length - Math.max(0, ragged - 1)) return `the shape [${shape}] does not fit ${sizes.length} dims`;
-  if (!areSubAxes(shardedBy.flat(), mesh) || (partial && !areSubAxes(partial, mesh))) return "its sub-axes are unknown or repeated";
+  if (!areSubAxes(shardedBy.flat(), mesh)) return UNKNOWN_SUB_AXES;
   if (elementsOf(sizes) * bytesOf[b.dtype] > LARGEST || sizeOf(b) > LARGEST) return "it is too large";
   for (let slot = ragged; slot < sizes.length; slot++) {
     const [local, cut] = [shape[ragged ? slot - 2 : slot]!, shardCount(mesh, shardedBy[slot]!)];
     if (local * cut !== sizes[slot]) return `${sizes[slot]} elements over ${cut} ranks are not ${local}`;
   }
+  return undefined;
+}
+const UNKNOWN_SUB_AXES = "its sub-axes are unknown or repeated";
+
+/** Returns the fault of what a buffer has beyond its form; undefined if there is none. */
+function faultOfBuffer({ id, ragged, shape, partial, kind, chunk, fanout, rows }: Buffer, context: Context): string | undefined {
+  const { mesh, program, buffers } = context;
+  if (id === "__proto__") return "this name is reserved";
+  if (partial && !areSubAxes(partial, mesh)) return UNKNOWN_SUB_AXES;
   if (chunk !== undefined && (chunk >= program.chunks.length || kind !== "activation")) return `there is no chunk ${chunk}`;
   if (ragged > 0 && (fanout === undefined || rows === undefined)) return "ragged rows without a fanout or an index";
   if (rows === undefined) return undefined;
@@ -130,11 +154,16 @@ function faultOfCompute(i: Compute, context: Context): string | undefined {
   if (fault) return fault;
   for (const { name } of inputs) if (!Object.hasOwn(i.reads, name)) return `${i.op} lacks its operand ${name}`;
   for (const name of i.accumulates ?? []) if (!Object.hasOwn(i.writes, name)) return `it accumulates ${name}, which it does not write`;
-  if (i.rows === undefined) return faultOfCounts(i, d, context);
-  if (!op.rows) return `${i.op} does not write an index`;
-  if (buffers.get(Object.values(i.writes)[0] ?? "")?.rows !== i.rows)
-    return `it writes the index ${i.rows}, which is not that of its output`;
+  const index = indexState(i, buffers);
+  if (index !== "none" && !op.rows) return `${i.op} does not write an index`;
+  if (index === "other") return `it writes the index ${i.rows}, which is not that of its output`;
   return faultOfCounts(i, d, context);
+}
+
+/** Returns whether an instruction writes an index of rows, and whether that is the index of its first output. */
+function indexState({ rows, writes }: Compute, buffers: Buffers): "none" | "own" | "other" {
+  if (rows === undefined) return "none";
+  return buffers.get(Object.values(writes)[0] ?? "")?.rows === rows ? "own" : "other";
 }
 
 /** Cache of operands, by op and number of dims. */
