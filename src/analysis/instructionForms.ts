@@ -1,6 +1,6 @@
 /**
  * Forms of buffers and of compute instructions: what they are without their names, as texts that are equal for equal ones. Layers repeat, so what
- * depends on a form alone (a kernel spec, a law about sizes) is found once per form (passes/repeats.ts). The texts are JSON, so that no name in a
+ * depends on a form alone (a kernel spec, a law about sizes) is found once per form (src/repeats.ts). The texts are JSON, so that no name in a
  * plan from elsewhere can give two instructions one form.
  */
 import type { Buffer, Compute } from "../../schemas/plan.ts";

@@ -3,10 +3,10 @@ import { type Command, InvalidArgumentError } from "commander";
 import type { Plan } from "../../schemas/plan.ts";
 import { stageOfRank } from "../../schemas/sharding.ts";
 import { Trouble } from "../../schemas/trouble.ts";
-import { plural } from "../units.ts";
+import { bytesText, countText, plural } from "../units.ts";
 import { type JobOptions, planOrJob, wholeNumber, withExamples, withSet } from "./options.ts";
-import { printStdout } from "./output.ts";
-import { expectWritable, expectWritableFolder, writeStreams } from "./outputFiles.ts";
+import { printStderr, printStdout } from "./output.ts";
+import { expectWritable, expectWritableFolder, freeBytes, writeStreams } from "./outputFiles.ts";
 
 interface PlanExportOptions extends JobOptions {
   readonly out: string;
@@ -119,13 +119,37 @@ async function chakraFiles(plan: Plan, ranks: readonly number[], out: string): P
   ]);
   const communicators = new RankGroups(plan.mesh);
   function* files(): Generator<readonly [string, Pieces]> {
-    for (const rank of ranks) yield [join(out, `plan.${rank}.et`), chakraTrace(plan, rank, communicators)];
+    let written = 0;
+    for (const [done, rank] of ranks.entries()) {
+      // traces of a plan have about the same size, so the first one says what all of them need
+      if (done === 1) expectRoom(out, written, ranks.length);
+      yield [join(out, `plan.${rank}.et`), counted(chakraTrace(plan, rank, communicators), (bytes) => (written += bytes))];
+    }
     // complete once all ranks are written
     const groups = Object.fromEntries(communicators.all.map(({ name, ranks: members }) => [name, members]));
     yield [join(out, "comm_groups.json"), [`${JSON.stringify(groups)}\n`]];
   }
   return files();
 }
+
+/** Yields pieces, and reports their bytes. */
+function* counted(pieces: Iterable<Uint8Array>, report: (bytes: number) => void): Generator<Uint8Array> {
+  for (const piece of pieces) {
+    report(piece.length);
+    yield piece;
+  }
+}
+
+/** Throws a Trouble if files of these bytes do not fit the disk of a folder. Prints their size if it is large. */
+export function expectRoom(folder: string, bytes: number, files: number): void {
+  const [needed, free] = [bytes * (files - 1), freeBytes(folder)];
+  const text = `a trace has ${bytesText(bytes)}: ${countText(files)} traces take about ${bytesText(bytes * files)}`;
+  if (needed > free)
+    throw new Trouble(`${text}, and ${folder} has room for ${bytesText(free)}`, "name fewer ranks: --ranks 0-7, or --stage 0");
+  if (needed > LARGE) printStderr(text);
+}
+/** Bytes of traces whose size is printed. */
+const LARGE = 2 ** 30;
 
 /** Registers the exports of plans below `export`: formats of other tools. */
 export function registerExportPlan(program: Command): void {

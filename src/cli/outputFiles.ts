@@ -14,6 +14,7 @@ import {
   realpathSync,
   renameSync,
   rmSync,
+  statfsSync,
   statSync,
   writeFileSync,
   writeSync,
@@ -134,6 +135,12 @@ function writeTogether(files: readonly (readonly [string, string | Uint8Array])[
   } finally {
     for (const { temporary } of staged) if (temporary !== undefined) rmSync(temporary, { force: true });
   }
+}
+
+/** Returns the bytes that the disk of a folder has left for this user. */
+export function freeBytes(folder: string): number {
+  const { bavail, bsize } = statfsSync(folder);
+  return bavail * bsize;
 }
 
 /**

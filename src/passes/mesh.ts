@@ -10,7 +10,7 @@ import { gridAxisNames } from "../../schemas/meshAxes.ts";
 import type { MeshAxis } from "../../schemas/plan.ts";
 import { groupMembers, type MeshData, rankAt, subAxisOf } from "../../schemas/sharding.ts";
 import { invariant, type Value } from "../ops/op.ts";
-import { Repeats } from "./repeats.ts";
+import { Repeats } from "../repeats.ts";
 
 /** The mesh as the plan stores it. */
 export type Mesh = MeshData;

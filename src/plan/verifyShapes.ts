@@ -14,7 +14,7 @@ import { type AnyOp, expandLike, invariant, type Operand } from "../ops/op.ts";
 import { dimSize } from "../ops/signature.ts";
 import { sizeOf } from "../passes/memory.ts";
 import type { Mesh } from "../passes/mesh.ts";
-import type { Repeats } from "../passes/repeats.ts";
+import type { Repeats } from "../repeats.ts";
 
 type Buffers = ReadonlyMap<string, Buffer>;
 /** The rest of the plan. */

@@ -7,6 +7,8 @@ import protobuf from "protobufjs";
 import { afterAll, describe, expect, test } from "vitest";
 import type { Plan } from "../../schemas/plan.ts";
 import { stageOfRank } from "../../schemas/sharding.ts";
+import { expectRoom } from "../../src/cli/exportPlan.ts";
+import { freeBytes } from "../../src/cli/outputFiles.ts";
 import { compile } from "../../src/compile.ts";
 import { pipelineCsv } from "../../src/convert/plan/pipelineCsv.ts";
 import { chosenRanks } from "../../src/convert/plan/ranks.ts";
@@ -225,4 +227,10 @@ test("ranks that the plan lacks, lists that cannot be read and two choices are r
     expect(said.err).toContain(what);
   }
   expect(readdirSync(folder).some((name) => name.startsWith("refused"))).toBe(false);
+});
+
+test("traces that do not fit the disk are refused after the first one", () => {
+  const free = freeBytes(".");
+  expect(() => expectRoom(".", free / 4, 1024)).toThrow(/^a trace has .*: 1,024 traces take about .*, and \. has room for /);
+  expect(() => expectRoom(".", 1, 2)).not.toThrow();
 });

@@ -8,7 +8,7 @@ import { root } from "../support/checkout.ts";
 /** Layers of the compiler, lowest first: a file may import from its own layer and from lower ones. A file belongs to the first layer that matches. */
 const layers = [
   { name: "schemas", holds: /^schemas\// },
-  { name: "text and package files", holds: /^src\/(units|version|packageFile)\.ts$/ },
+  { name: "text, package files and repeats", holds: /^src\/(units|repeats|version|packageFile)\.ts$/ },
   { name: "ops", holds: /^src\/ops\// },
   { name: "model", holds: /^src\/model\// },
   { name: "templates", holds: /^templates\/[^/]+$/ },

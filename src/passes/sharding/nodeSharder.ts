@@ -1,7 +1,7 @@
 /** NodeSharder: shards one node after the other. It decides once per form of a node, reshards the operands, emits the op, and places the results. */
 import type { DimSpec, Node, Value } from "../../ops/op.ts";
+import { Repeats } from "../../repeats.ts";
 import { type Layout, pairs, type ShardedValue } from "../layout.ts";
-import { Repeats } from "../repeats.ts";
 import {
   chooseDims,
   type NodeUses,
