@@ -106,8 +106,8 @@ def jobs(at: str, steps: str, every: str, device: str, ids: str, size: str) -> N
     vocab = str(-(-int(ids) // 128) * 128)
     sources = "[{path: code, weight: 3}, {path: prose, weight: 1}]"
     by_folder = "[{path: code-by-folder, weight: 3}, {path: prose-by-folder, weight: 1}]"
-    evaluation = f"evaluation: {{every: {every}, steps: 20, at_end: true}}"
-    split = "split: [98, 1, 1]"
+    evaluation = f"evaluation: {{every: {every}, steps: 60, at_end: true}}"
+    split = "split: [90, 5, 5]"
     for name, extra, data in [
         ("with", evaluation, split),
         ("without", "", split),

@@ -11,7 +11,7 @@
 #   validation = training data within 0.1 of each other and of the mean training loss: all three have one distribution, and less than an epoch is read.
 #   by-folder: the last 2 % of documents in the order of folders; the model has seen them (all folders are in the training part), so it is no longer above.
 #   median with / median without at most 1.01; all runs of one length end with the same bits of the loss. The norm of the weights costs
-#   0.3 ms in each logged step of 30 ms (0.5 GB at 4.5 TB/s, and 222 small launches), so 0.1 % with every tenth step logged; the median does not show it.
+#   0.5 ms in each logged step of 30 ms (0.5 GB at 4.5 TB/s, and 222 small launches), so 0.2 % with every tenth step logged; the median does not show it.
 set -euo pipefail
 at=${AT:-/tmp/rankc-text} out=${OUT:-/tmp/rankc-text-out} steps=${STEPS:-2000} pair=${PAIR:-300} every=${EVERY:-$((${STEPS:-2000} / 8))}
 backend=${BACKEND:-cuda} target=${TARGET:-cuda:sm_90a} ids=${IDS:-32768} size=${SIZE:-large} mib=${MIB:-280}
