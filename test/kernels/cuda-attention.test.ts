@@ -1,7 +1,6 @@
 /**
- * CUDA's attention and its gradient equal their reference: in 16-bit floats on the tensor cores and in f32, whatever the widths of heads, the
- * number of query heads that share keys, the pieces of the sequence that are here, and the order in which they lie. The sources run as
- * C++ on the CPU.
+ * CUDA's attention and its gradient equal their reference: in 16-bit floats on the tensor cores and in f32, for any width of heads, any
+ * number of query heads that share keys, any shards of the sequence, and any order of these. The sources run as C++ on the CPU.
  */
 import { describe, expect, test } from "vitest";
 import type { Arch } from "../../schemas/devices.ts";

@@ -1,7 +1,6 @@
 /**
- * nvcc takes every CUDA source, for each architecture, without a warning, and gives every kernel all its values in
- * registers: nothing is spilled, no thread has a stack. NVRTC, which compiles at run time, takes them too.
- * Sources of the contract's cases, and of the worked examples' plans.
+ * nvcc compiles every CUDA source for each architecture without a warning, and keeps all values of a kernel in registers: no spills, no
+ * stack. NVRTC, which compiles at run time, compiles them too. The sources are those of the contract's cases and of the example plans.
  */
 import { execFile } from "node:child_process";
 import { createHash } from "node:crypto";

@@ -1,6 +1,6 @@
 /**
- * The contract of CUDA kernels: what a maker makes for any sizes and types of the contract does what the op's reference does.
- * Their sources run as C++ on the CPU, those of every architecture that differ; and on a real device where there is one.
+ * The contract of CUDA kernels: a generated kernel of any sizes and types of the contract equals its op's reference.
+ * The different sources of all architectures run as C++ on the CPU; on a machine with a GPU also there.
  */
 import { describe, expect, test } from "vitest";
 import { type Arch, archs } from "../../schemas/devices.ts";

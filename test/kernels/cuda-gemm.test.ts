@@ -1,6 +1,6 @@
 /**
- * Products on CUDA do what their reference does, in every tile that may be chosen: many tiles to a block, experts without rows
- * and with all of them, sizes of no tile; Hopper's kernel with its copies, barriers, swizzles and clusters emulated as PTX documents them.
+ * Products on CUDA equal their reference, with every tile that may be chosen: many tiles in a block, experts without rows
+ * and with all rows, sizes that no tile divides; Hopper's kernel with its copies, barriers, swizzles and clusters emulated as PTX documents them.
  */
 import { describe, expect, test } from "vitest";
 import type { Float16 } from "../../schemas/dtypes.ts";

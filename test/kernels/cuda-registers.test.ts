@@ -1,6 +1,6 @@
 /**
- * What ptxas makes of products and of attention at the sizes of real jobs: everything stays in registers, and nothing it says asks for
- * another form (C75..: products of warpgroups put in a row).
+ * ptxas compiles products and attention at the sizes of real jobs without spills, and without a warning about their form (C75..: products of
+ * warpgroups that it serializes).
  */
 import { execFile } from "node:child_process";
 import { mkdtempSync, rmSync, writeFileSync } from "node:fs";

@@ -1,5 +1,5 @@
 /**
- * Documents that share a sequence (data.documents): what the host makes of them, and that losses of a packed sequence are those of its
+ * Documents that share a sequence (data.documents): the inputs that the host computes from them, and that losses of a packed sequence are those of its
  * documents one by one.
  */
 import { mkdtempSync, rmSync, writeFileSync } from "node:fs";

@@ -1,6 +1,6 @@
 /**
- * Dropout and jitter: so many elements are left out, at random and independently of each other; backward leaves out the same; and what
- * is left out goes by the job's seed, the place in the model and the element, and by nothing else.
+ * Dropout and jitter: the share of elements that are left out, which are random and independent; backward leaves out the same; and the
+ * choice is a function of the job's seed, the place in the model and the element alone.
  */
 import { describe, expect, test } from "vitest";
 import { openRun } from "../../runtime/train/openRun.ts";

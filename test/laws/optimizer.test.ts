@@ -1,6 +1,6 @@
 /**
- * How parameters move: each optimizer, step by step, is what plain loops make of the run's own gradients and rates; on one rank, and
- * where ranks keep shares of the state. Gradients of a step's microbatches add up in f32, whatever the model computes in.
+ * Updates of parameters: in each step every optimizer equals plain loops over the gradients and rates of the run, on one rank and where
+ * ranks hold shards of the state. Gradients of the microbatches of a step are summed in f32, in any precision of the model.
  */
 import { describe, expect, test } from "vitest";
 import { openCpu } from "../../runtime/cpu/backend.ts";

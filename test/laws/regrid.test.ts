@@ -1,6 +1,6 @@
 /**
- * Grids that do not nest meet in a regrid alone: a rank keeps its tokens, which get other indices. A value cut by both grids at once would
- * lie twice on some ranks and be missing on others, and is refused.
+ * Grids that do not nest meet in a regrid alone: a rank keeps its tokens, which get other indices. A value that both grids shard at once would
+ * be twice on some ranks and missing on others: it is refused.
  */
 import { describe, expect, test } from "vitest";
 import type { Collective, Instruction, Plan } from "../../schemas/plan.ts";

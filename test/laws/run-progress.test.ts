@@ -1,6 +1,6 @@
 /**
- * What a run's course does to its steps does not depend on the mesh either: batches that grow, and losses in fp16 whose scale finds its
- * size. A batch that is not yet whole weighs what it would weigh as a whole one.
+ * The progress of a run does not depend on the mesh: batches that grow, and the scale of losses in fp16, which adapts. A step of a
+ * smaller batch has the losses and gradients of a job with batches of that size.
  */
 import fc from "fast-check";
 import { describe, expect, test } from "vitest";

@@ -1,6 +1,6 @@
 /**
- * The verdicts are those of Megatron-LM: each of 483 launches is imported as a user would import it, and the job is checked. Megatron's
- * verdict is what it did when it was run; it may come when it reads the arguments or in the first step.
+ * The verdicts are those of Megatron-LM: each of 483 launches is imported as a user would import it, and the job is checked. The verdict of
+ * Megatron is the result of a run: an error while it reads the arguments, an error in the first step, or none.
  */
 import { describe, expect, test } from "vitest";
 import { importMegatron } from "../../src/convert/megatron/importMegatron.ts";

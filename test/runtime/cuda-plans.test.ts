@@ -1,6 +1,6 @@
 /**
- * Plans on the CUDA backend, before stand-ins for the driver and NCCL: no GPU is used. What the device would do at once is
- * done late and in random order here, so numbers are the CPU's only if streams, events and graphs order what must be.
+ * Plans on the CUDA backend, before stand-ins for the driver and NCCL: no GPU is used. The stand-ins run
+ * work late and in random order, so numbers equal the CPU's only if streams, events and graphs order all dependent work.
  */
 
 import { afterAll, beforeAll, describe, expect, test, vi } from "vitest";

@@ -1,6 +1,6 @@
 /**
- * Saving while training continues: a checkpoint has the state of the step after which it began, the same bytes whatever threads and memory
- * it had; it is complete, or what was there stays; and one rank's full disk is known to all.
+ * Saving while training continues: a checkpoint has the state of the step after which it began, with the same bytes for any number of threads
+ * and any memory; it is complete, or the previous one stays; and a full disk of one rank is an error on all ranks.
  */
 import { existsSync, mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync, truncateSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";

@@ -1,6 +1,6 @@
 /**
- * What is recorded for a plan: the fewer calls, bind groups and GPUBuffers, the less each dispatch costs the host. On Dawn
- * without a device, which checks what is recorded as it does for any.
+ * The commands that are recorded for a plan: fewer calls, bind groups and GPUBuffers cost the host less per dispatch. On Dawn without a
+ * device, which validates the commands as for any device.
  */
 import { afterAll, expect, test } from "vitest";
 import { create } from "webgpu";

@@ -1,6 +1,6 @@
 /**
- * The contract of kernels, for any op of the table and any device: cases with their buffers as the host sees them, what the
- * op's reference makes of them, and how far a kernel may be off. What a case does not allow to be written must stay as it was.
+ * The contract of kernels, for any op of the table and any device: cases with their buffers as the host has them, the
+ * results of the op's reference, and the tolerance of a kernel. Elements that a case does not allow a kernel to write must not change.
  */
 import { expect } from "vitest";
 import type { NumberArg } from "../../runtime/webgpu/pipelines.ts";

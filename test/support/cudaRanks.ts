@@ -1,4 +1,4 @@
-/** Ranks on the stand-ins: opening all of a plan's in this process, walking a step of them, and small plans for them. */
+/** Ranks on the stand-ins: opens all ranks of a plan in this process, runs a step of them, and makes small plans for them. */
 import { expect } from "vitest";
 import type { CudaRanks } from "../../runtime/cuda/backend.ts";
 import type { Collective, CollectiveKind, Compute, Kernel, Plan } from "../../schemas/plan.ts";

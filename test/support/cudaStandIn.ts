@@ -1,7 +1,7 @@
 /**
  * CUDA without a GPU: the backend before stand-ins for the driver and for NCCL (test/fixtures/standIn*.c), all ranks in this
- * process. Kernels are the ops' references, run on the bytes that a launch's parameters point at, when the stand-in's
- * streams get there: late, and in random order where nothing orders them.
+ * process. Kernels are the ops' references, run on the bytes that the parameters of a launch point at. The streams of the
+ * stand-in run them late, and in random order where no event orders them.
  */
 
 import { execFileSync } from "node:child_process";

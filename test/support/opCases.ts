@@ -1,4 +1,4 @@
-/** Runs any op of the table by its signature alone: random inputs that suit it, the whole, and the cut run put together. */
+/** Runs any op of the table by its signature alone: random inputs of its types, the whole op, and the combined results of its shards. */
 import { attentionMerge } from "../../src/ops/attention.ts";
 import { type AnyOp, type Attrs, type DimSpec, expandLike, type Operand } from "../../src/ops/op.ts";
 import { positionOf } from "../../src/ops/positions.ts";

@@ -1,4 +1,4 @@
-/** A dense model with multi-token prediction by plain loops, token by token, as the papers write it: no op of the table, no pass. */
+/** A dense model with multi-token prediction in plain loops, token by token, by the formulas of the papers: no op of the table, no pass. */
 import type { Job } from "../../schemas/job.ts";
 import type { Weights } from "./slopes.ts";
 

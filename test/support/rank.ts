@@ -1,6 +1,6 @@
 /**
- * A rank for tests, as its own process (test/support/rankc.ts compiles it): joins the meeting that the environment names, takes steps, and misbehaves as its arguments say:
- * `MODE RANK` where RANK is who misbehaves. The others block their main thread, as a collective would, which nobody will end for them.
+ * A rank for tests, as its own process (test/support/rankc.ts compiles it): joins the rendezvous of its environment, runs steps, and fails by its arguments
+ * `MODE RANK`: rank RANK fails in the way MODE. The others block their main thread, as a collective does that never ends.
  */
 import { writeSync } from "node:fs";
 import { placeOf } from "../../runtime/launch/rankPlace.ts";
