@@ -4,6 +4,7 @@ import { type AutoKey, autoNames } from "../../schemas/job/autoKeys.ts";
 import { completeParallel } from "../../schemas/job/parallel.ts";
 import type { Job } from "../../schemas/job.ts";
 import { depthsOf } from "../../schemas/mtp.ts";
+import { evenLayout } from "../analysis/evenLayout.ts";
 
 /** The keys that a search decides, with short names for tables. */
 export const searchedKeys = autoNames;
@@ -106,30 +107,11 @@ export function jobWith(job: Job, choice: JobChoice, given: KeptKeys = {}): Job 
     parallel: completeParallel({
       ...{ ...parallel, ...degrees },
       ...(!given.sequence && { sequence: degrees.tensor > 1 }),
-      ...(!given.layout && { layout: layoutOf(job, choice) }),
+      ...(!given.layout && { layout: evenLayout(job.model, choice.pipeline * choice.virtual_pipeline) ?? null }),
       ...(!given.distributed_optimizer && { distributed_optimizer: true }),
     }),
     train: { ...job.train, micro_batch, recompute: changes },
   };
-}
-
-/** Returns a layout in which embedding and head count as layers; null if the layers are spread evenly without one. */
-function layoutOf({ model }: Job, { pipeline, virtual_pipeline }: JobChoice): string | null {
-  const chunks = pipeline * virtual_pipeline;
-  const ahead = depthsOf(model);
-  if (chunks === 1 || (model.layers % chunks === 0 && ahead === 0)) return null;
-  const places = `E${"t".repeat(model.layers)}${"m".repeat(ahead)}L`;
-  const [least, longer] = [Math.floor(places.length / chunks), places.length % chunks];
-  // the first chunks have the embedding and most activation copies, the last one the head
-  const from = Math.floor((chunks - longer) / 2);
-  let at = 0;
-  const parts = Array.from({ length: chunks }, (_, i) => {
-    const size = least + (i >= from && i < from + longer ? 1 : 0);
-    const part = places.slice(at, at + size);
-    at += size;
-    return part.replace(/t{3,}/g, (run) => `t*${run.length}`);
-  });
-  return parts.join("|");
 }
 
 /** Returns the keys of the job that a choice sets, as arguments of `--set`. */

@@ -7,9 +7,10 @@ import type { Job } from "../../schemas/job.ts";
 import { hardwareOf } from "../analysis/estimate/kernelTime.ts";
 import { collectiveSeconds, transferSeconds } from "../analysis/estimate/linkTime.ts";
 import type { GroupTopology } from "../analysis/estimate/topology.ts";
+import { memoryForecast } from "../analysis/memoryForecast.ts";
 import { modelFlops } from "../analysis/modelFlops.ts";
 import { parameterCount, routedCount } from "../analysis/parameterCount.ts";
-import type { JobChoice } from "./choice.ts";
+import { type JobChoice, jobWith } from "./choice.ts";
 
 /** A forecast: seconds of a step, bytes of the rank with the most memory. */
 export interface Forecast {
@@ -86,32 +87,5 @@ export function forecast(base: ForecastBase, choice: JobChoice): Forecast {
   const step = reduce(ownShared, replicas, tensor) + reduce(ownRouted, expertReplicas, expert * expert_tensor);
   const seconds = micro * (microbatches + (pipeline - 1) / chunks) + step;
 
-  const weights = (bytes + 4) * (ownShared + ownRouted) + 12 * (ownShared / replicas + ownRouted / expertReplicas);
-  return { seconds, bytes: weights + activations(base, choice, { tokens, rows, layers, bytes, microbatches }) };
-}
-
-interface Activity {
-  readonly tokens: number;
-  readonly rows: number;
-  readonly layers: number;
-  readonly bytes: number;
-  readonly microbatches: number;
-}
-
-/** Returns the bytes of activations of the first stage, which keeps those of most microbatches. */
-function activations({ job: { model } }: ForecastBase, choice: JobChoice, { tokens, rows, layers, bytes, microbatches }: Activity): number {
-  const { moe, hidden, heads, kv_heads, head_dim, ffn } = model;
-  // the rows for which memory is reserved, over the balanced load; in the worst case all ranks of a group choose the experts of one
-  const worst = moe ? (choice.expert * Math.min(moe.top_k, moe.experts / choice.expert)) / moe.top_k : 1;
-  const reserved = moe?.rows_bound === "worst" ? worst : (moe?.rows_bound ?? 1);
-  const attention = tokens * (5 * hidden + 2 * (heads + kv_heads) * head_dim);
-  const inner = moe ? rows * reserved * (hidden + 3 * moe.ffn) : tokens * 3 * ffn;
-  const perLayer = bytes * (attention + inner);
-  const kept = choice.recompute === "full" ? bytes * tokens * hidden : choice.recompute === "selective" ? 0.6 * perLayer : perLayer;
-  const copies =
-    Math.min(microbatches, choice.pipeline) *
-    (choice.virtual_pipeline > 1 ? 1 + (choice.pipeline - 1) / (choice.pipeline * choice.virtual_pipeline) : 1);
-  const logits = (choice.pipeline === 1 ? 1 : 0) * tokens * model.vocab * (bytes + 2);
-  const workspace = perLayer + (moe ? bytes * rows * reserved * hidden * 2 : 0);
-  return kept * layers * copies + workspace + logits;
+  return { seconds, bytes: memoryForecast(jobWith(job, choice)) };
 }

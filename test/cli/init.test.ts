@@ -7,10 +7,10 @@ import { afterAll, expect, test } from "vitest";
 import { type Device, deviceNames } from "../../schemas/devices.ts";
 import type { Job } from "../../schemas/job.ts";
 import { Trouble } from "../../schemas/trouble.ts";
+import { memoryForecast } from "../../src/analysis/memoryForecast.ts";
 import { askSettings } from "../../src/cli/initPrompts.ts";
 import { loadTarget } from "../../src/codegen/targets.ts";
 import { importHfText } from "../../src/convert/hf/importHf.ts";
-import { memoryEstimate } from "../../src/convert/presets/chooseMesh.ts";
 import { type ModelName, modelNames } from "../../src/convert/presets/models.ts";
 import { fewestGpus, presetJob } from "../../src/convert/presets/presetJob.ts";
 import { readQuickly } from "../../src/frontend/readJob.ts";
@@ -72,8 +72,8 @@ for (const { options, rows } of byTier(sampled, (_, i) => i === 0))
     const { job } = read(write(model, gpus, "h100-80gb"));
     if (!job) throw new Error("the job is invalid");
     const { bytes } = peakOf(job, await loadTarget("cuda:sm_90a"));
-    expect(memoryEstimate(job) / bytes).toBeGreaterThan(0.85);
-    expect(memoryEstimate(job) / bytes).toBeLessThan(1.15);
+    expect(memoryForecast(job) / bytes).toBeGreaterThan(0.85);
+    expect(memoryForecast(job) / bytes).toBeLessThan(1.15);
     expect(bytes).toBeLessThan(80 * 2 ** 30);
   });
 

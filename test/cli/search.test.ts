@@ -57,7 +57,8 @@ test("layers that stages cannot share evenly are spread by a layout, each once",
   const written = layouts.filter((layout) => layout !== null);
   expect(written.length).toBeGreaterThan(0);
   for (const layout of written) {
-    const places = layout.replace(/t\*(\d+)/g, (_, n: string) => "t".repeat(Number(n))).replaceAll("|", "");
+    const whole = layout.replace(/\(([^)]*)\)\*(\d+)/g, (_, part: string, n: string) => part.repeat(Number(n)));
+    const places = whole.replace(/t\*(\d+)/g, (_, n: string) => "t".repeat(Number(n))).replaceAll("|", "");
     expect(places).toBe("EtttttttL");
   }
 });

@@ -1,10 +1,9 @@
 /** Chooses the mesh of a new job by rule of thumb: no compiled program, no search. Everything about the choice is behind `chooseMesh`. */
 import { type Device, deviceOf } from "../../../schemas/devices.ts";
 import { completeJob, type Job, JobText } from "../../../schemas/job.ts";
-import { depthsOf } from "../../../schemas/mtp.ts";
-import { parameterCount, routedCount } from "../../analysis/parameterCount.ts";
+import { evenLayout } from "../../analysis/evenLayout.ts";
+import { memoryForecast } from "../../analysis/memoryForecast.ts";
 import { jobRules } from "../../rules/jobRules.ts";
-import { layoutText } from "../layoutText.ts";
 
 /** What a job runs on. */
 export interface ClusterChoice {
@@ -78,7 +77,7 @@ function jobWith(start: Job, { parallel, recompute, globalBatch, rowsBound }: Me
 /** Returns whether the estimate is within the memory of the device; one process has that of all ranks on a device without links. */
 function fits(job: Job): boolean {
   const { memory, links } = deviceOf(job.cluster.device);
-  return memoryEstimate(job) * (links === null ? job.parallel.world : 1) <= FILLED * memory;
+  return memoryForecast(job) * (links === null ? job.parallel.world : 1) <= FILLED * memory;
 }
 
 interface Mesh {
@@ -114,8 +113,8 @@ function withBatch(model: Job["model"], mesh: Mesh, { gpus }: ClusterChoice, bat
   const data = gpus / (tensor * pipeline);
   const chunks = pipeline >= 4 && model.layers / (2 * pipeline) >= 2 ? 2 : 1;
   const parts = pipeline * chunks;
-  const layout = pipeline === 1 || (model.layers % parts === 0 && depthsOf(model) === 0) ? undefined : evenLayout(model, parts);
-  if (layout === null) return undefined;
+  const layout = evenLayout(model, parts);
+  if (layout === undefined) return undefined;
   const least = data * (pipeline > 1 ? DEPTH * pipeline : 1);
   const modules: Job["train"]["recompute"]["modules"] = ["layernorm"];
   if (model.mla) modules.push("mla_up_proj");
@@ -127,7 +126,7 @@ function withBatch(model: Job["model"], mesh: Mesh, { gpus }: ClusterChoice, bat
       ...(tensor > 1 && { tensor, sequence: true }),
       ...(pipeline > 1 && { pipeline }),
       ...(chunks > 1 && { virtual_pipeline: chunks }),
-      ...(layout !== undefined && { layout }),
+      ...(layout !== null && { layout }),
       ...(expert > 1 && { expert }),
       ...(data > 1 && { distributed_optimizer: true }),
     },
@@ -135,56 +134,4 @@ function withBatch(model: Job["model"], mesh: Mesh, { gpus }: ClusterChoice, bat
     globalBatch: Math.ceil(Math.max(batch, least) / least) * least,
     ...(expert > 1 && { rowsBound: ROWS_BOUND }),
   };
-}
-
-/** Spreads the layers with embedding, head and further predictions over parts of a pipeline; null if a part would be empty. */
-function evenLayout(model: Job["model"], parts: number): string | null {
-  const depths = depthsOf(model);
-  const places = model.layers + depths + 2;
-  const counts = Array.from({ length: parts }, (_, i) => {
-    const share = Math.floor(places / parts) + (i >= 1 && i <= places % parts ? 1 : 0);
-    return share - (i === 0 ? 1 : 0) - (i === parts - 1 ? 1 + depths : 0);
-  });
-  return counts.some((count) => count < 1) ? null : layoutText(counts, depths);
-}
-
-/** Returns about how many bytes the fullest rank needs at its peak. */
-export function memoryEstimate(job: Job): number {
-  const { model, parallel: p, train } = job;
-  const bytes = train.precision === "fp32" ? 4 : 2;
-  const all = parameterCount(model);
-  const routed = routedCount(model);
-  const tables = (model.tie_embeddings ? 1 : 2) * model.vocab * model.hidden;
-  // weights and gradients stay on every rank that uses them; optimizer state is sharded over the ranks that hold copies
-  const held = (count: number, shards: number, copies: number) =>
-    (count / shards) * (bytes + 4 + 12 / (p.distributed_optimizer ? copies : 1));
-  const stage = 1 / p.pipeline;
-  const expertShards = p.expert * p.expert_tensor;
-  const state =
-    held((all - routed - tables) * stage, p.tensor, p.data) +
-    held(tables * (p.pipeline > 1 ? 0.5 : 1), p.tensor, p.data) +
-    held(routed * stage, expertShards, (p.world * stage) / expertShards);
-  const tokens = (model.seq * train.micro_batch) / (p.tensor * p.context);
-  const perLayer = tokens * bytes * activationsOfToken(job);
-  // the first stage has a microbatch in flight for each stage, interleaved chunks some more
-  const inFlight = (model.layers * stage + 1) * (p.pipeline + (p.virtual_pipeline > 1 ? p.pipeline / p.virtual_pipeline : 0));
-  const logits = model.seq * train.micro_batch * (model.vocab / p.tensor) * (bytes + 4);
-  const workspace = tokens * bytes * (activationsOfToken(withoutRecompute(job)) + 4 * model.hidden);
-  const every = perLayer * (p.pipeline > 1 ? inFlight : model.layers);
-  return state + every + Math.max(workspace, logits);
-}
-
-const withoutRecompute = (job: Job): Job => ({ ...job, train: { ...job.train, recompute: { ...job.train.recompute, mode: "none" } } });
-
-/** Elements that backward keeps of a token in a layer. */
-function activationsOfToken({ model: m, parallel: p, train: { recompute } }: Job): number {
-  if (recompute.mode === "full") return m.hidden;
-  const isKept = (module: (typeof recompute.modules)[number]) => recompute.mode !== "selective" || !recompute.modules.includes(module);
-  const heads = m.mla ? m.heads * (2 * m.head_dim + 2 * m.mla.v_dim) : 2 * (m.heads + m.kv_heads) * m.head_dim;
-  const attention = m.mla && !isKept("mla_up_proj") ? m.heads * m.mla.v_dim + 2 * (m.mla.kv_rank + (m.mla.q_rank ?? 0)) : heads;
-  const norms = (isKept("layernorm") ? 4 : 2) * m.hidden;
-  if (!m.moe) return attention + norms + (isKept("mlp") ? 3 * m.ffn : 0);
-  const rows = m.moe.top_k * (p.expert > 1 ? Number(m.moe.rows_bound === "worst" ? p.expert : m.moe.rows_bound) : 1);
-  const experts = isKept("moe") ? rows * (2 * m.hidden + 3 * m.moe.ffn) + 3 * (m.moe.shared?.ffn ?? 0) : 0;
-  return attention + norms + experts;
 }

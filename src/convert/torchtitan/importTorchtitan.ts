@@ -1,8 +1,8 @@
 /** Imports a configuration of torchtitan for one of its mixture-of-experts models. */
 import { Trouble } from "../../../schemas/trouble.ts";
+import { layoutText } from "../../analysis/evenLayout.ts";
 import { type ImportedJob, makeImported } from "../importedJob.ts";
 import { type JobBuilder, newJobBuilder } from "../jobBuilder.ts";
-import { layoutText } from "../layoutText.ts";
 import type { Problem } from "../problems.ts";
 import { type Flavor, flavors } from "./flavors.ts";
 import { readSettings, type SettingName, type TitanSettings, whyWithoutEffect } from "./settings.ts";

@@ -1,5 +1,5 @@
 /** The sections `parallel` and `cluster` of a job: degrees, stages and their layers, ranks and nodes. */
-import { layoutText } from "../../layoutText.ts";
+import { layoutText } from "../../../analysis/evenLayout.ts";
 import type { MappedName } from "../arguments/spec.ts";
 import type { Importing } from "./importing.ts";
 import type { ModelSizes } from "./model.ts";
