@@ -169,6 +169,7 @@ const words = { B: 1, S: T, V: 32000, D };
 const adam = { beta1: 0.9, beta2: 0.95, eps: 1e-8, decay: 0.1 };
 
 const ROPE = { ...unscaled, theta: 500000, sign: 1, first: 0, width: 128, interleaved: 0, chunk: 0, ranks: 1 };
+const normedHeads = { B: 16, S: 4096, H: 32, C: 128, eps: 1e-6, ...ROPE };
 const drafts: readonly CaseDraft[] = [
   gemm(8192, ""),
   gemm(4096, ""),
@@ -178,6 +179,8 @@ const drafts: readonly CaseDraft[] = [
   ...grouped("Mixtral down", 16384, 4096, 14336, 8, 2.09),
   ...grouped("DSv3 EP8 gate+up", 32768, 4096, 7168, 32, 3.1),
   ...grouped("Qwen3-30B gate+up", 131072, 1536, 2048, 128, 5.93),
+  // half of the rows have 4 of 128 experts, as a router with random weights does it
+  ...grouped("Qwen3-30B gate, uneven", 65536, 768, 2048, 128, 20),
   one("gemm f32 4096x4096x4096", "gemm", { B: 1, S: 4096, K: 4096, N: 4096 }, "f32 f32 f32"),
   ...attentionShapes.flatMap((shape) => attentions(shape)),
   ...attentions([2, 32, 8, 4096, 128, 128], 0.1),
@@ -189,11 +192,15 @@ const drafts: readonly CaseDraft[] = [
   one("attention_merge 65536x32x128", "attention_merge", { B: 1, S: T, H: 32, W: 128 }, "f32 f32 bf16 f32 f32 f32"),
   one("rmsnorm 65536x4096", "rmsnorm", { B: 1, S: T, D, eps: 1e-5 }, "bf16 bf16 bf16"),
   one("rmsnorm_grad 65536x4096", "rmsnorm_grad", { B: 1, S: T, D, eps: 1e-5 }, "bf16 bf16 bf16 bf16 f32"),
+  one("rmsnorm_sum 65536x4096", "rmsnorm_sum", { B: 1, S: T, D, eps: 1e-5 }, "bf16 bf16 bf16 bf16 bf16"),
+  one("rmsnorm_grad_add_pair 65536x4096", "rmsnorm_grad_add_pair", { B: 1, S: T, D, eps: 1e-5 }, "bf16 bf16 bf16 bf16 bf16 bf16 f32"),
   one("adamw f32 2^28", "adamw", { "#0": 2 ** 28, ...adam }, "f32 f32 f32 f32 f32 f32 f32"),
   one("cast f32 to bf16 2^29", "cast", { "#0": 2 ** 29 }, "f32 bf16"),
   one("swiglu 65536x4096", "swiglu", { B: 1, S: T, F: D }, "bf16 bf16 bf16"),
   one("swiglu_grad 65536x4096", "swiglu_grad", { B: 1, S: T, F: D }, "bf16 bf16 bf16 bf16 bf16"),
   one("rope 65536x32x128", "rope", { B: 16, S: 4096, H: 32, C: 128, ...ROPE }, "bf16 bf16"),
+  one("head_norm_rope 65536x32x128", "head_norm_rope", normedHeads, "bf16 bf16 bf16"),
+  one("head_norm_rope_grad 65536x32x128", "head_norm_rope_grad", { ...normedHeads, sign: -1 }, "bf16 bf16 bf16 bf16 f32"),
   one("softmax 65536x128", "softmax", router, "bf16 f32"),
   one("choose 65536x128, 8", "top_k_mask", { ...router, k: 8 }, "bf16 f32"),
   one("weigh 65536x128, 8", "combine_weights", { ...router, normalize: 1, scale: 1 }, "f32 f32 f32"),

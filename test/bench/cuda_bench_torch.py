@@ -194,7 +194,32 @@ class Cases:
     def fill_rmsnorm(self, d, b, case):
         b["gain"].uniform_(0.5, 1.5)
 
-    fill_rmsnorm_grad = fill_rmsnorm
+    fill_rmsnorm_grad = fill_rmsnorm_sum = fill_rmsnorm_grad_add_pair = fill_rmsnorm
+
+    def reference_rmsnorm_sum(self, d, b, case):
+        total = b["x1"].float() + b["x2"].float()
+        return {"sum": total, "y": normed(total, b["gain"].float(), d["eps"])}
+
+    def peers_rmsnorm_sum(self, d, b, case):
+        def norm(x1, x2, g):
+            total = x1 + x2
+            return total, F.rms_norm(total, (d["D"],), g, d["eps"])
+
+        return self.several("x1 + x2, F.rms_norm", norm, b["x1"], b["x2"], b["gain"])
+
+    def reference_rmsnorm_grad_add_pair(self, d, b, case):
+        found = self.reference_rmsnorm_grad(d, {**b, "dy": b["dy1"].float() + b["dy2"].float()}, case)
+        return {**found, "dx": found["dx"] + b["z"].float()}
+
+    def peers_rmsnorm_grad_add_pair(self, d, b, case):
+        x, gain = leaf(b["x"]), leaf(b["gain"])
+        y = F.rms_norm(x, (d["D"],), gain, d["eps"])
+
+        def backward():
+            dx, dgain = torch.autograd.grad(y, (x, gain), b["dy1"] + b["dy2"], retain_graph=True)
+            return dx + b["z"], dgain
+
+        return {"F.rms_norm backward, two additions": backward}
 
     def reference_rmsnorm(self, d, b, case):
         return {"y": normed(b["x"].float(), b["gain"].float(), d["eps"])}
@@ -263,6 +288,38 @@ class Cases:
     def peers_rope(self, d, b, case):
         cos, sin = (a.bfloat16() for a in angles(d))
         return self.several("rotate_half", turned, b["x"].view(d["B"], d["S"], d["H"], d["C"]), cos, sin)
+
+    def fill_head_norm_rope(self, d, b, case):
+        b["weight"].uniform_(0.5, 1.5)
+
+    fill_head_norm_rope_grad = fill_head_norm_rope
+
+    def reference_head_norm_rope(self, d, b, case):
+        x = b["x"].float().view(d["B"], d["S"], d["H"], d["C"])
+        return {"y": turned(normed(x, b["weight"].float(), d["eps"]), *angles(d))}
+
+    def peers_head_norm_rope(self, d, b, case):
+        cos, sin = (a.bfloat16() for a in angles(d))
+
+        def heads(x, weight):
+            return turned(F.rms_norm(x, (d["C"],), weight, d["eps"]), cos, sin)
+
+        return self.several("F.rms_norm, rotate_half", heads, b["x"].view(d["B"], d["S"], d["H"], d["C"]), b["weight"])
+
+    def reference_head_norm_rope_grad(self, d, b, case):
+        sizes = (d["B"], d["S"], d["H"], d["C"])
+        dy = turned(b["dy"].float().view(sizes), *angles(d))
+        of = {"x": b["x"].view(sizes), "gain": b["weight"], "dy": dy}
+        found = self.reference_rmsnorm_grad({**d, "D": d["C"]}, of, case)
+        return {"dx": found["dx"], "dweight": found["dgain"]}
+
+    def peers_head_norm_rope_grad(self, d, b, case):
+        sizes = (d["B"], d["S"], d["H"], d["C"])
+        cos, sin = (a.bfloat16() for a in angles({**d, "sign": -d["sign"]}))
+        x, weight = leaf(b["x"].view(sizes)), leaf(b["weight"])
+        y = turned(F.rms_norm(x, (d["C"],), weight, d["eps"]), cos, sin)
+        dy = b["dy"].view(sizes)
+        return {"F.rms_norm, rotate_half backward": lambda: torch.autograd.grad(y, (x, weight), dy, retain_graph=True)}
 
     # -- the router
 
@@ -533,7 +590,7 @@ def normed(x, gain, eps):
 def angles(d):
     frequency = d["theta"] ** (-torch.arange(0, d["C"], 2, dtype=torch.float64, device="cuda") / d["C"])
     turn = torch.arange(d["S"], dtype=torch.float64, device="cuda").outer(frequency).repeat(1, 2).unsqueeze(1)
-    return turn.cos().float(), turn.sin().float()
+    return turn.cos().float(), turn.sin().float() * d["sign"]
 
 
 def turned(x, cos, sin):
