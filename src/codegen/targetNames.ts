@@ -13,10 +13,12 @@ export type Profile = (typeof profiles)[number];
 export const targetNames: readonly string[] = ["cpu", ...profiles.map((p) => `webgpu:${p}`), ...archs.map((a) => `cuda:${a}`)];
 
 /**
- * Fusions after lowering, of which a target has all or none (src/passes/fuse.ts): the passes over a row of logits, sums of input gradients, sums
- * that norms read, outputs of activations.
+ * Fusions after lowering (src/passes/fuse.ts): the passes over a row of logits, sums of input gradients, sums that norms read, norms and
+ * rotations of heads, outputs of activations.
  */
 export const fusions = ["statistics", "sums", "norm_sums", "heads", "activations"] as const;
+/** Those of CUDA targets. `norm_sums` is measured (test/results/cuda-fusion-2026-11-30.md): its kernels take less time, and steps do not. */
+export const cudaFusions = fusions.filter((name) => name !== "norm_sums");
 /** The name of a fusion. */
 export type Fusion = (typeof fusions)[number];
 

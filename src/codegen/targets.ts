@@ -8,7 +8,7 @@ import { wgslFeature } from "../../schemas/dtypes.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import { withoutText } from "../../templates/fill.ts";
 import type { GeneratedKernel, KernelSpec } from "./kernelSpec.ts";
-import { type Fusion, fusions, profiles, targetNames } from "./targetNames.ts";
+import { cudaFusions, type Fusion, profiles, targetNames } from "./targetNames.ts";
 
 /** A backend with a profile or an architecture. */
 export interface Target {
@@ -56,7 +56,7 @@ export async function loadTarget(text: string): Promise<Target> {
         name: text,
         suffix: "cu",
         writesFirst: true,
-        fuses: fusions,
+        fuses: cudaFusions,
         generate: (spec) => cudaKernels[spec.op](spec, arch),
         weights: weightsKernel,
       };

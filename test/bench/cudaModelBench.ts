@@ -4,10 +4,10 @@
  * object to stdout, all else to stderr.
  *
  *     npm run bench:cuda-model -- [test/bench/jobs/mixtral-8x7b-4-layers.yaml] [--set KEY=VALUE] [--steps 9] [--rows 60] [--limit 60]
- *     [--without norm_sums]
+ *     [--without heads] [--with norm_sums]
  *
  * The medians are of steps that are replayed as a graph; the parts are those of a step whose instructions are timed one by one. With
- * --profile-only no step is a graph: one set of weights is written instead of two. With --without the plan lacks a fusion. Each part of the script has its limit, a step --limit
+ * --profile-only no step is a graph: one set of weights is written instead of two. --without and --with name fusions that the plan lacks, or has beside those of the target. Each part of the script has its limit, a step --limit
  * seconds: past it the script prints where it stood, and ends. Started by node itself: the command tsx keeps a script whose main thread
  * is blocked from ending by SIGTERM.
  */
@@ -21,7 +21,7 @@ import { runOn } from "../../runtime/train/loop.ts";
 import type { Plan } from "../../schemas/plan.ts";
 import { elementsOf } from "../../schemas/sharding.ts";
 import type { Timing } from "../../schemas/timing.ts";
-import { fusions } from "../../src/codegen/targetNames.ts";
+import { type Fusion, fusions } from "../../src/codegen/targetNames.ts";
 import { loadTarget } from "../../src/codegen/targets.ts";
 import { compile } from "../../src/compile.ts";
 import { printProfile, profileRows } from "../../src/report/profile.ts";
@@ -34,6 +34,7 @@ const { values, positionals } = parseArgs({
   options: {
     set: { type: "string", multiple: true, default: [] },
     without: { type: "string", multiple: true, default: [] },
+    with: { type: "string", multiple: true, default: [] },
     steps: { type: "string", default: "9" },
     rows: { type: "string", default: "60" },
     limit: { type: "string", default: "60" },
@@ -44,9 +45,11 @@ const [file = "test/bench/jobs/mixtral-8x7b-4-layers.yaml"] = positionals;
 const [steps, rows, limit] = [Number(values.steps), Number(values.rows), Number(values.limit)];
 const job = jobOf(parse(readFileSync(file, "utf8")), values.set);
 const target = await loadTarget("cuda:sm_90a");
-const unknown = values.without.find((name) => !fusions.some((f) => f === name));
+const named = [...values.without, ...values.with];
+const unknown = named.find((name) => !fusions.some((f) => f === name));
 if (unknown !== undefined) throw new Error(`there is no fusion ${unknown}; there are ${fusions.join(", ")}`);
-const { plan, sources } = compile(job, { target: { ...target, fuses: fusions.filter((name) => !values.without.includes(name)) } });
+const isChosen = (name: Fusion) => values.with.includes(name) || ((target.fuses ?? []).includes(name) && !values.without.includes(name));
+const { plan, sources } = compile(job, { target: { ...target, fuses: fusions.filter(isChosen) } });
 const next = random(3);
 
 let running: CudaRanks | undefined;

@@ -1,17 +1,19 @@
 #!/bin/sh
-# Forward and backward of whole models in one call on one GPU: another checkout of rankc, this one, and this one without fusions.
+# Forward and backward of whole models in one call on one GPU: another checkout of rankc, this one, this one without fusions and with further ones.
 #
 #     sh test/bench/cuda_ab.sh [BEFORE] > ab.txt
 #
-# BEFORE: the folder of another checkout (inside this one it shares the packages); without it only this one runs. Each variant of a job runs twice, by turns, 3 steps each
+# BEFORE: the folder of another checkout (inside this one it shares the packages); without it only this one runs. Each variant of a job runs in turn, 3 steps
 # with timed instructions. One line a run: job, variant, ms of forward and backward, ms of the optimizer, TFLOP/s, and the ms of the ops that differ.
-# Variables: JOBS (names of test/bench/jobs), WITHOUT (fusions that a third variant of each job lacks, separated by commas; "-" for none),
-# ROUNDS (2), STEPS (3). About 8 s a run: 3 jobs x 3 variants x 2 rounds take 150 s. Tables of instructions go to $OUT, if it is set.
+# Variables: JOBS (names of test/bench/jobs), WITHOUT and WITH (fusions that a further variant of each job lacks, or has beside those of the target,
+# separated by commas; "-" for no such variant), ROUNDS (2; each second one in reverse order), STEPS (3). About 10 s a run. Tables of instructions go
+# to $OUT, if it is set. In a card that is bound by power the same kernels differ by 2 % between runs: compare the ms of ops before those of steps.
 set -u
 here=$(cd "$(dirname "$0")/../.." && pwd)
 before=${1:-}
 jobs=${JOBS:-"deepseek-v3-3-layers qwen3-30b-12-layers mixtral-8x7b-4-layers"}
-without=${WITHOUT:-norm_sums,heads}
+without=${WITHOUT:-heads}
+with=${WITH:-norm_sums}
 logs=${OUT:-$(mktemp -d)}
 node=$(command -v node || echo "$here/node_modules/.bin/node")
 
@@ -31,13 +33,23 @@ measure() { # job, variant, checkout, options of the bench
   ' "$job" "$variant" "$logs/$job.$variant.json"
 }
 
+# names of fusions, an option -> the option before each name
+options() { echo "$1" | tr ',' '\n' | sed "s/^/$2 /"; }
+
 echo "job variant forward_backward_ms optimizer_ms TFLOP/s ms_by_op"
 round=1
 while [ "$round" -le "${ROUNDS:-2}" ]; do
+  order="before now without with"
+  [ $((round % 2)) -eq 0 ] && order="with without now before"
   for job in $jobs; do
-    [ -n "$before" ] && measure "$job" "before.$round" "$before"
-    measure "$job" "now.$round" "$here"
-    [ "$without" = "-" ] || measure "$job" "without.$round" "$here" $(echo "$without" | tr ',' '\n' | sed 's/^/--without /')
+    for variant in $order; do
+      case $variant in
+        before) [ -n "$before" ] && measure "$job" "before.$round" "$before" ;;
+        now) measure "$job" "now.$round" "$here" ;;
+        without) [ "$without" = "-" ] || measure "$job" "without.$round" "$here" $(options "$without" --without) ;;
+        with) [ "$with" = "-" ] || measure "$job" "with.$round" "$here" $(options "$with" --with) ;;
+      esac
+    done
   done
   round=$((round + 1))
 done
