@@ -92,9 +92,11 @@ const ordering = {
     .optional()
     .describe("asynchronous collectives that must have ended before this begins; all of them end with the step"),
   only: z
-    .enum(["last", "logged"])
+    .enum(["first", "last", "logged"])
     .optional()
-    .describe("last: runs for the last microbatch of a step only; logged: in steps only whose numbers are logged"),
+    .describe(
+      "first, last: runs for this microbatch of a step, or of a batch of an evaluation, only; logged: in steps only whose numbers are logged",
+    ),
 };
 
 /** An op on local buffers. */

@@ -64,12 +64,18 @@ export function microbatchesIn({ chunks, order }: Pick<Program, "chunks" | "orde
   return runs / chunks.length;
 }
 
+/** Returns whether an instruction runs at a place of a step: in its first or last microbatch, in a step whose numbers are logged. */
+export const runsIn = (
+  { only }: Pick<Instruction, "only">,
+  at: Readonly<Partial<Record<NonNullable<Instruction["only"]>, boolean | undefined>>>,
+): boolean => only === undefined || at[only] === true;
+
 /** Returns how often an instruction of a block runs in a step with the full batch; 0 in an evaluation, which is not part of a step. */
 export const timesIn = (
   p: Pick<Program, "chunks" | "order">,
   { kind }: Pick<Block, "kind">,
   { only }: Pick<Instruction, "only">,
-): number => (kind.startsWith("evaluation") ? 0 : kind === "step" || only === "last" ? 1 : microbatchesIn(p));
+): number => (kind.startsWith("evaluation") ? 0 : kind === "step" || only ? 1 : microbatchesIn(p));
 
 /** Returns the gradients that the first microbatch of a step writes where a target has kernels for it; all others must be zero before. */
 export function writtenFirst({ chunks }: Pick<Program, "chunks">): Set<string> {

@@ -4,7 +4,7 @@
  */
 import { readsOf } from "../../schemas/effects.ts";
 import type { Buffer, BufferKind, Compute, HostInput, Instruction } from "../../schemas/plan.ts";
-import { blockTag, evaluationOrder } from "../../schemas/program.ts";
+import { blockTag, evaluationOrder, runsIn } from "../../schemas/program.ts";
 import type { BlockPosition, Comm, HostData, RankDevice } from "../backend.ts";
 import type { StageProgram } from "../rankPrograms.ts";
 import type { Inspector } from "./nonfinite.ts";
@@ -68,8 +68,7 @@ function* block(walk: StepWalk, instructions: readonly Instruction[], at: BlockP
   const { rank, device, comm, inspector } = walk;
   if (walk.replayed) return;
   for (const i of instructions) {
-    if (i.only === "last" && at.microbatch !== walk.microbatches - 1) continue;
-    if (i.only === "logged" && !walk.logged) continue;
+    if (!runsIn(i, { first: at.microbatch === 0, last: at.microbatch === walk.microbatches - 1, logged: walk.logged })) continue;
     for (const id of i.waits ?? []) while (!comm.wait(rank, id)) yield `${i.id}, for ${id}, ${at.tag}`;
     if (i.kind === "compute") {
       device.compute(i, at.copy, at.microbatch === 0);

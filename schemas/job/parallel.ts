@@ -79,6 +79,12 @@ export const ParallelText = z.strictObject({
   parameter_bucket: bucket.describe(
     "with the distributed optimizer: MiB of parameters that one collective gathers, beside the updates of the parameters after them; none: each parameter by itself, after its update",
   ),
+  parameter_gather: z
+    .enum(["step", "forward"])
+    .default("step")
+    .describe(
+      "when buckets of parameters are gathered. step: all in the step that updates them; forward: the first two in the step, beside the updates of the others, and these in the next forward, two buckets ahead of their use",
+    ),
   expert_overlap: z
     .enum(["none", "shared"])
     .default("none")

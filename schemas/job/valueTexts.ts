@@ -63,6 +63,10 @@ export const valueTexts: Readonly<Record<string, Readonly<Record<string, string>
     ring: "keys and values pass around a ring, one block after another",
     all_gather: "keys and values of all ranks are gathered at once",
   },
+  "parallel.parameter_gather": {
+    step: "in the step that updates them",
+    forward: "the first two in the step, the others in the next forward, ahead of their use",
+  },
   "parallel.expert_overlap": {
     none: "each exchange of rows ends before the next instruction",
     shared: "shared experts, and in backward gradients of weights, run beside the exchanges",

@@ -21,6 +21,8 @@ export interface UpdateBuilder {
   readonly gradient: Value;
   /** The f32 weights that the update changes in place. */
   readonly weights: Value;
+  /** Whether the update may also store the weights in the type of the parameter; otherwise an op of its own casts them. */
+  readonly stores: boolean;
   /** Returns f32 optimizer state of the shape of the parameter. It starts as zeros and is part of a checkpoint. */
   state(name: string): Value;
   scalar(name: StepScalar): Value;
@@ -66,7 +68,7 @@ function applyUpdate(
 ) {
   const decays = b.parameter.sizes.length > 1;
   const isScheduled = decays && isDecayScheduled(b.options);
-  const cast = b.parameter.dtype === "f32" ? {} : { constant: ops.constantCast, scheduled: ops.scheduledCast };
+  const cast = b.parameter.dtype === "f32" || !b.stores ? {} : { constant: ops.constantCast, scheduled: ops.scheduledCast };
   b.apply(
     isScheduled ? (cast.scheduled ?? ops.scheduled) : (cast.constant ?? ops.constant),
     id,

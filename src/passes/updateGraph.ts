@@ -34,14 +34,14 @@ export interface TrainingGraph extends Graph {
 }
 
 /** Adds the optimizer step to a graph with gradients. Throws an invariant if a parameter belongs to no group. */
-export function addUpdates(graph: Graph, { train }: Pick<Job, "train">): TrainingGraph {
+export function addUpdates(graph: Graph, job: Pick<Job, "train" | "parallel">): TrainingGraph {
   const scalars = new Map<StepScalar, Value>();
   const scalar = (name: StepScalar): Value => {
     const known = scalars.get(name) ?? leafOf(name, [], { kind: "input", position: 0 });
     scalars.set(name, known);
     return known;
   };
-  return { ...graph, scalars, updates: graph.parameters.map((p) => updateOf(p, train, scalar)) };
+  return { ...graph, scalars, updates: graph.parameters.map((p) => updateOf(p, job, scalar)) };
 }
 
 const leafOf = (name: string, sizes: readonly number[], leaf: Omit<Leaf, "name">): Value => ({
@@ -67,7 +67,11 @@ export const gradientTypeOf = ({ leaf, dtype, sizes }: Value, { gradients }: Pic
 export const isReducedInBf16 = ({ parameter, gradient }: Pick<ParameterUpdate, "parameter" | "gradient">, train: Job["train"]): boolean =>
   train.gradient_reduction === "bf16" && gradient.dtype === "f32" && !parameter.leaf?.rule;
 
-function updateOf(parameter: Value, train: Job["train"], scalar: UpdateBuilder["scalar"]): ParameterUpdate {
+function updateOf(
+  parameter: Value,
+  { train, parallel }: Pick<Job, "train" | "parallel">,
+  scalar: UpdateBuilder["scalar"],
+): ParameterUpdate {
   const options = train.optimizer;
   const name = idOf(parameter);
   const group = parameterGroups.find((g) => g.contains(parameter, options));
@@ -103,6 +107,8 @@ function updateOf(parameter: Value, train: Job["train"], scalar: UpdateBuilder["
   };
   group.update({
     ...{ parameter, options, gradient, weights, scalar, apply: addNode },
+    // the next forward casts the weights where it gathers them
+    stores: parallel.parameter_gather === "step",
     state(suffix) {
       const leaf = { ...own("state", suffix), dtype: options.moments };
       state.push(leaf);

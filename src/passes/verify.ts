@@ -64,6 +64,9 @@ function verifyDefinitions(p: Program, mesh: Mesh): void {
   const lasting = new Set<string>(["parameter", "optimizer", "gradient"]);
   const known = new Map(p.buffers.map((b) => [b.id, b]));
   const made = new Set<string>([...p.buffers.filter((b) => b.kind === "parameter" || b.kind === "optimizer").map((b) => b.id)]);
+  // what a step and an evaluation gather before they use it is not there when they begin
+  const gathered = instructionsOf(p).flatMap((i) => (i.kind === "collective" && i.only === "first" ? writesOf(i, known) : []));
+  for (const id of gathered) made.delete(id);
   const filled = new Set(p.inputs.map(({ buffer }) => buffer));
   for (const id of filled) {
     invariant(known.has(id), () => `${who}: the input ${id} is not a buffer`);
@@ -84,6 +87,7 @@ function verifyDefinitions(p: Program, mesh: Mesh): void {
     // buffers do not pass from one chunk to the next, nor to the step block, unless they are lasting
     if (own && (own.chunk !== block.chunk || isApart.has(block.kind)))
       for (const id of made) if (!lasting.has(known.get(id)?.kind ?? "") && !filled.has(id)) made.delete(id);
+    if (block.kind === "evaluation" && own?.kind !== "evaluation") for (const id of gathered) made.delete(id);
     own = block;
     for (const i of block.instructions) {
       invariant(!ids.has(i.id), () => `${who}: two instructions have the id ${i.id}`);

@@ -7,7 +7,7 @@
  */
 import { readsOf, touchedBy, writesOf } from "../../schemas/effects.ts";
 import type { BlockRun, Collective, Instruction, Program, StreamName, StreamUse } from "../../schemas/plan.ts";
-import { blockOf, blockTag, evaluationOrder, instructionsOf } from "../../schemas/program.ts";
+import { blockOf, blockTag, evaluationOrder, instructionsOf, runsIn } from "../../schemas/program.ts";
 import { endedBy } from "../analysis/asyncTouches.ts";
 import { BufferTable } from "../analysis/bufferTable.ts";
 import { invariant } from "../ops/op.ts";
@@ -58,12 +58,13 @@ function concurrencyOf(p: Program, who: string): Map<StreamName, Set<Beside>> {
   if (!instructionsOf(p).some((i) => i.waits || (i.kind === "collective" && i.stream))) return found;
   const last = p.order.filter(({ kind }) => kind === "forward").length / p.chunks.length - 1;
   const step = new Walk(p, who, found);
-  for (const run of p.order) step.block(blockOf(p, run), nameOf(run, p), run.microbatch === last);
+  for (const run of p.order) step.block(blockOf(p, run), nameOf(run, p), { first: run.microbatch === 0, last: run.microbatch === last });
   step.end(p.step, "the step block");
   const { evaluation } = p;
   if (!evaluation) return found;
   const evaluated = new Walk(p, who, found);
-  for (const run of evaluationOrder(p)) evaluated.block(evaluation.chunks[run.chunk] ?? [], `evaluation ${run.microbatch}`, false);
+  for (const run of evaluationOrder(p))
+    evaluated.block(evaluation.chunks[run.chunk] ?? [], `evaluation ${run.microbatch}`, { first: run.microbatch === 0, last: false });
   evaluated.end(evaluation.step, "the end of an evaluation");
   return found;
 }
@@ -92,11 +93,11 @@ class Walk {
     for (const i of instructions) this.#run(i, at);
   }
 
-  /** Runs a block; `last`: of the last microbatch. */
-  block(instructions: readonly Instruction[], at: string, last: boolean): void {
-    const isClosed = this.#open.size === 0 && !last;
+  /** Runs a block of the first or the last microbatch, or of one between them. */
+  block(instructions: readonly Instruction[], at: string, microbatch: { readonly first: boolean; readonly last: boolean }): void {
+    const isClosed = this.#open.size === 0 && !microbatch.first && !microbatch.last;
     if (isClosed && this.#known.has(instructions)) return;
-    for (const i of instructions) if (i.only !== "last" || last) this.#run(i, at);
+    for (const i of instructions) if (runsIn(i, { ...microbatch, logged: true })) this.#run(i, at);
     if (isClosed && this.#open.size === 0) this.#known.add(instructions);
     for (const i of this.#open.values())
       for (const id of touchedBy(i, this.#buffers))

@@ -8,7 +8,10 @@ import type { FoundId } from "./findId.ts";
 import { blockName, shapeText, timesText } from "./programText.ts";
 import { bold, fitLines, fitTable } from "./textLayout.ts";
 
-const runsText = { last: "in the last microbatch of a step", logged: "in steps whose numbers are logged" } as const;
+const runsText = {
+  ...{ first: "in the first microbatch of a step", last: "in the last microbatch of a step" },
+  logged: "in steps whose numbers are logged",
+} as const;
 
 /** Formats what was found. Stages with the same instruction are listed together. */
 export function printInstructions({ id, instructions, buffers, alike }: FoundId, width: number): string[] {

@@ -86,7 +86,9 @@ function timeOf(plan: Plan, { program, instruction }: PlacedInstruction, profile
       (all, { instruction: i, seconds }) => all + (formOf(i) === form ? seconds * timesIn(program, block, i) : 0),
       0,
     );
-  const blocks = blockTimer(plan, { profile, imbalance: 1 })(stage.program, stage.memory).filter(({ isFirst }) => !isFirst);
+  const blocks = blockTimer(plan, { profile, imbalance: 1 })(stage.program, stage.memory).filter(
+    ({ isFirst }) => isFirst === (instruction.only === "first"),
+  );
   // the block of the last microbatch has all instructions, and stands before that of the others
   return blocks
     .filter((block) => blocks.find(({ kind, chunk }) => kind === block.kind && chunk === block.chunk) === block)

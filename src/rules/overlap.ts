@@ -39,6 +39,23 @@ export const overlap: readonly Rule[] = [
     bad: "parallel: {world: 2, parameter_bucket: 40}\ntrain: {global_batch: 2}",
   }),
   rule({
+    code: "P133",
+    title: "parameter_gather without parameter_bucket",
+    why: "Parameters are gathered ahead of their use in buckets. Without parameter_bucket each is gathered by itself after its update.",
+    level: "warning",
+    *check({ parallel: p }) {
+      if (p.parameter_gather === "step" || p.parameter_bucket !== "none") return;
+      yield {
+        at: "parallel.parameter_gather",
+        related: ["parallel.parameter_bucket"],
+        found: `parameter_gather ${p.parameter_gather} with parameter_bucket none`,
+        fix: "set parameter_bucket, or leave parameter_gather out",
+        tries: [{ "parallel.parameter_gather": "step" }],
+      };
+    },
+    bad: "parallel: {parameter_gather: forward}",
+  }),
+  rule({
     code: "P132",
     title: "expert_overlap has no exchange of rows",
     why: "Rows are exchanged between the ranks over which experts are spread. With expert 1, or with the dispatcher all_gather, there is no dispatch and no combine beside which something could run.",

@@ -6,14 +6,14 @@ import { compile } from "../../src/compile.ts";
 import { verifyPrograms } from "../../src/passes/verify.ts";
 import { jobOf } from "../support/job.ts";
 
-const planOf = (parallel: object) =>
+const planOf = (parallel: object, train: object = {}, data: object = {}) =>
   compile(
     jobOf({
       name: "streams",
       model: { ...{ layers: 2, hidden: 32, ffn: 48, heads: 4, vocab: 256, seq: 16 }, moe: { experts: 4, top_k: 2, ffn: 16 } },
       parallel,
-      train: { global_batch: 8, steps: 1, precision: "fp32", optimizer: { lr: 1e-3 } },
-      data: { path: "corpus.txt" },
+      train: { global_batch: 8, steps: 1, precision: "fp32", optimizer: { lr: 1e-3 }, ...train },
+      data: { path: "corpus.txt", ...data },
     }),
   ).plan;
 const buckets = { gradient_bucket: 0.01, parameter_bucket: 0.01 };
@@ -101,6 +101,55 @@ test("communication_sms limits each stream; stages with different limits are ref
   const spoilt = structuredClone(programs) as Program[];
   delete spoilt[1]!.streams![0]!.multiprocessors;
   expect(() => verifyPrograms(spoilt, mesh)).toThrow(/stage 1: gradients occupies any number of multiprocessors, and 8 on another stage/);
+});
+
+describe("parameters that are gathered in forward", () => {
+  const evaluation = { every: 1 };
+  const own = { world: 4, distributed_optimizer: true, parameter_bucket: 0.01, parameter_gather: "forward" };
+  const { programs, mesh } = planOf(own, { evaluation }, { split: [0.9, 0.1, 0] });
+  const isGather = (i: Instruction): i is Collective => i.kind === "collective" && i.only === "first";
+  const gathers = (list: readonly Instruction[]): Collective[] => list.filter(isGather);
+  const broken: Readonly<Record<string, readonly [edit: Edit, says: RegExp]>> = {
+    "a parameter is used before it is gathered": [
+      ([p]) => {
+        const { forward } = p!.chunks[0]!;
+        forward.push(...forward.splice(forward.findIndex(isGather), 1));
+      },
+      /stage 0 .*: \S+ reads \S+ before it is written/,
+    ],
+    "an evaluation does not gather a parameter": [
+      ([p]) => {
+        const [chunk] = p!.evaluation!.chunks;
+        chunk!.splice(chunk!.findIndex(isGather), 1);
+      },
+      /stage 0 .*: eval\.\S+ reads \S+ before it is written/,
+    ],
+    "nothing waits for a gather": [
+      ([p]) => {
+        for (const i of p!.chunks[0]!.forward) delete i.waits;
+      },
+      /stage 0 .* at \S+, F0 touches \S+ while \S+\.bucket\.all_gather on the stream parameters may run: it must wait/,
+    ],
+  };
+  test("the compiled program passes: the first two buckets are gathered in the step, the others two ahead of their use", () => {
+    expect(() => verifyPrograms(structuredClone(programs) as Program[], mesh)).not.toThrow();
+    const [{ chunks, step } = programs[0]!] = programs;
+    const { forward } = chunks[0]!;
+    const all = gathers(forward);
+    expect(step.filter((i) => i.kind === "collective" && i.how === "all_gather")).toHaveLength(2);
+    expect(all.length).toBeGreaterThan(4);
+    const usedAt = (g: Collective): number => forward.findIndex((i) => i.waits?.includes(g.id));
+    for (const [n, g] of all.entries()) {
+      const begun = forward.indexOf(g);
+      if (n >= 2) expect(begun).toBeGreaterThanOrEqual(usedAt(all[n - 2]!));
+      expect(usedAt(g)).toBeGreaterThan(begun);
+    }
+  });
+  test.each(Object.entries(broken))("%s", (_, [spoil, says]) => {
+    const copy = structuredClone(programs) as Program[];
+    spoil(copy);
+    expect(() => verifyPrograms(copy, mesh)).toThrow(says);
+  });
 });
 
 test("a bucket is one collective, begun after the last of its gradients; without buckets each gradient has its own after backward", () => {

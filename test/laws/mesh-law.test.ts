@@ -542,6 +542,7 @@ const anyJob = fc
     overlap: fc.record({
       gradient_bucket: oneOf<"none" | number>("none", "none", 0.02, 0.0001),
       parameter_bucket: oneOf<"none" | number>("none", "none", 0.01, 0.0001),
+      parameter_gather: oneOf("step", "forward"),
       expert_overlap: oneOf("none", "shared"),
     }),
     gradient_reduction: oneOf("f32", "f32", "bf16"),
@@ -584,7 +585,7 @@ const anyJob = fc
       stages,
       odd,
       optimizer_instances,
-      overlap: { gradient_bucket, parameter_bucket, expert_overlap },
+      overlap: { gradient_bucket, parameter_bucket, parameter_gather, expert_overlap },
       gradient_reduction,
       recompute,
       micro_batch,
@@ -606,7 +607,7 @@ const anyJob = fc
       const layout = "layout" in stages ? layouts[stages.layout]!(model.layers, "m".repeat(mtp?.layers ?? 0)) : undefined;
       const own = {
         ...(layout !== undefined && (drawn.pipeline > 1 || odd) ? { layout } : drawn.pipeline === 1 ? {} : stages),
-        ...(drawn.distributed_optimizer ? { optimizer_instances, parameter_bucket } : {}),
+        ...(drawn.distributed_optimizer ? { optimizer_instances, parameter_bucket, parameter_gather } : {}),
         ...{ gradient_bucket, ...(experts ? { expert_overlap } : {}) },
         ...(gradient_bucket === "none" ? {} : { communication_sms: 8 }),
       };

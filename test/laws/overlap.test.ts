@@ -1,23 +1,25 @@
 /** Collectives that run beside compute change no number: not one bit, however long each of them takes. */
 import { describe, expect, test } from "vitest";
 import { openCpu } from "../../runtime/cpu/backend.ts";
+import { openRun } from "../../runtime/train/openRun.ts";
 import type { Plan } from "../../schemas/plan.ts";
 import { instructionsOf } from "../../schemas/program.ts";
+import { stageOfRank } from "../../schemas/sharding.ts";
 import { compile } from "../../src/compile.ts";
-import { jobOf, sameNumbers } from "../support/job.ts";
+import { fixture, jobOf, sameNumbers } from "../support/job.ts";
 import { random } from "../support/opCases.ts";
 import { train } from "../support/steps.ts";
 import { byTier } from "../support/tiers.ts";
 
 const moe = { experts: 4, top_k: 2, ffn: 8, shared: { ffn: 8, gate: true }, router: { balance: "aux_loss", aux_coeff: 0.05 } };
-const planOf = (parallel: object, model: object = {}, over: object = {}): Plan =>
+const planOf = (parallel: object, model: object = {}, over: object = {}, data: object = { path: "corpus.txt" }): Plan =>
   compile(
     jobOf({
       name: "overlap",
       model: { ...{ layers: 2, hidden: 16, ffn: 24, heads: 4, kv_heads: 2, head_dim: 4, vocab: 256, seq: 8 }, ...model },
       parallel,
       train: { micro_batch: 1, global_batch: 8, steps: 3, precision: "fp32", init: { std: 0.2 }, optimizer: { lr: 1e-2 }, ...over },
-      data: { path: "corpus.txt" },
+      data,
     }),
   ).plan;
 
@@ -65,6 +67,19 @@ const cases: Readonly<Record<string, readonly [parallel: object, model?: object,
     {},
     { gradient_reduction: "bf16" },
   ],
+  "parameters that are gathered in forward, bf16": [
+    { world: 4, distributed_optimizer: true, optimizer_instances: 2, parameter_gather: "forward" },
+    {},
+    { precision: "bf16" },
+  ],
+  "parameters that are gathered in forward, experts": [
+    { world: 8, tensor: 2, sequence: true, expert: 4, distributed_optimizer: true, parameter_gather: "forward" },
+    { moe },
+  ],
+  "parameters that are gathered in forward, chunks of a pipeline, tied embeddings": [
+    { world: 4, pipeline: 2, virtual_pipeline: 2, distributed_optimizer: true, parameter_gather: "forward" },
+    { layers: 4, tie_embeddings: true },
+  ],
   "a batch that grows, muon": [
     { world: 2, distributed_optimizer: true },
     {},
@@ -85,9 +100,39 @@ describe("numbers are those of collectives in order, bit for bit", () => {
       for (const [name, isHeld] of Object.entries(durations)) {
         const got = await train([openCpu(beside, { isHeld })], beside, undefined, 3);
         expect(got.metrics, name).toEqual(want.metrics);
-        for (const [n, values] of want.state.entries()) expect(sameNumbers(got.state[n]!, values), `${name}, piece ${n}`).toBe(true);
+        const isKept = "parameter_gather" in parallel ? lasting(beside) : () => true;
+        for (const [n, values] of want.state.entries())
+          if (isKept(n)) expect(sameNumbers(got.state[n]!, values), `${name}, piece ${n}`).toBe(true);
       }
     });
+});
+
+/** Returns whether a piece of the state after a step is no parameter that the next step gathers from the main weights. */
+function lasting({ mesh, programs }: Plan): (piece: number) => boolean {
+  const pieces = Array.from({ length: mesh.world }, (_, r) => programs[stageOfRank(mesh, r)]!).flatMap(({ parameters }) =>
+    parameters.flatMap((q) => [...new Set([q.buffer, q.master, q.gradient])].map((id) => id !== q.buffer || q.master === q.buffer)),
+  );
+  return (piece) => pieces[piece]!;
+}
+
+test("evaluations see gathered parameters, in a plan whose steps end with shards", async () => {
+  const own = { world: 4, distributed_optimizer: true, parameter_bucket: 0.002 };
+  const data = { path: "corpus.txt", split: [0.999, 0.001, 0] };
+  const over = { precision: "bf16", evaluation: { every: 1 } };
+  const losses = await Promise.all(
+    ["step", "forward"].map(async (parameter_gather) => {
+      const plan = planOf({ ...own, parameter_gather }, {}, over, data);
+      const run = await openRun(plan, { baseDir: fixture("") });
+      const all: number[] = [];
+      for (let n = 0; n < 2; n++) all.push((await run.step()).loss, (await run.evaluate("validation")).loss);
+      await run.close();
+      const gathered = instructionsOf(plan.programs[0]!).filter(({ only }) => only === "first");
+      expect(gathered.length > 0).toBe(parameter_gather === "forward");
+      return all;
+    }),
+  );
+  expect(losses[1]).toEqual(losses[0]);
+  expect(new Set(losses[0]).size).toBe(4);
 });
 
 test("without the waits of the plan numbers change: they are what holds the order", async () => {

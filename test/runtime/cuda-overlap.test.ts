@@ -40,9 +40,13 @@ const overlaps: Readonly<Record<string, { readonly parallel: object; readonly st
   "in order": { parallel: {}, streams: undefined },
   "gradients in buckets": { parallel: { gradient_bucket: 40 }, streams: ["gradients"] },
   "parameters in buckets": { parallel: { parameter_bucket: 20 }, streams: ["parameters"] },
+  "parameters in buckets, gathered in forward": {
+    parallel: { parameter_bucket: 20, parameter_gather: "forward" },
+    streams: ["parameters"],
+  },
   "shared experts beside exchanges": { parallel: { expert_overlap: "shared" }, streams: ["experts"] },
   "all of them": {
-    parallel: { gradient_bucket: 40, parameter_bucket: 20, expert_overlap: "shared", communication_sms: 16 },
+    parallel: { gradient_bucket: 40, parameter_bucket: 20, parameter_gather: "forward", expert_overlap: "shared", communication_sms: 16 },
     streams: ["experts", "gradients", "parameters"],
   },
 };

@@ -101,6 +101,7 @@ describe.skipIf(noCompiler)(`plans with stand-ins for the driver and NCCL${noCom
         distributed_optimizer: true,
         gradient_bucket: 0.004,
         parameter_bucket: 0.002,
+        parameter_gather: "forward",
         expert_overlap: "shared",
         communication_sms: 8,
       },

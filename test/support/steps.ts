@@ -1,11 +1,12 @@
 /** Steps of a plan on any fleets, with inputs and first weights made up: what runs of one plan on two devices are compared by. */
 import type { BlockPosition, HostData, LocalRanks } from "../../runtime/backend.ts";
 import type { CudaRanks } from "../../runtime/cuda/backend.ts";
+import { shardOf, shardRanges } from "../../runtime/shards.ts";
 import { trainingSchedule } from "../../runtime/train/stepParameters.ts";
 import { readsOf } from "../../schemas/effects.ts";
 import type { Buffer, BufferKind, HostInput, Instruction, Plan } from "../../schemas/plan.ts";
-import { blockTag, microbatchesIn, orderOf } from "../../schemas/program.ts";
-import { elementsOf, stageOfRank } from "../../schemas/sharding.ts";
+import { blockTag, microbatchesIn, orderOf, runsIn } from "../../schemas/program.ts";
+import { elementsOf, numberInStage, stageOfRank } from "../../schemas/sharding.ts";
 import { random } from "./opCases.ts";
 
 type Feed = (b: Buffer, input: HostInput, m: number) => HostData;
@@ -41,16 +42,15 @@ export async function train(fleets: readonly LocalRanks[], plan: Plan, step = st
   for (const f of fleets)
     for (const r of f.ranks) {
       const p = plan.programs[stageOfRank(plan.mesh, r)]!;
-      for (const q of p.parameters)
+      for (const q of p.parameters) {
+        const next = random(q.name.length * 31 + q.init.std);
+        let whole: Float32Array | undefined;
         for (const id of new Set([q.buffer, q.master])) {
           const b = p.buffers.find((x) => x.id === id)!;
-          const next = random(q.name.length * 31 + b.shape.length);
-          f.rankDevice(r).write(
-            b,
-            0,
-            Float32Array.from({ length: elementsOf(b.shape) }, () => next() * 0.3 + (q.init.type === "ones" ? 1 : 0)),
-          );
+          whole ??= Float32Array.from({ length: elementsOf(b.sizes) }, () => next() * 0.3 + (q.init.type === "ones" ? 1 : 0));
+          f.rankDevice(r).write(b, 0, shardOf(whole, b, shardRanges(plan.mesh, b, numberInStage(plan.mesh, r))));
         }
+      }
     }
   const replayed: boolean[][] = [];
   const metrics: number[][] = [];
@@ -109,7 +109,7 @@ function* walk(localRanks: LocalRanks, plan: Plan, r: number, feed: Feed, microb
       if (used.has(b.id) && kinds.includes(b.kind)) backend.write(b, copy, feed(b, input, Math.max(0, microbatch)));
     }
     for (const i of instructions) {
-      if (i.only === "last" && microbatch !== microbatches - 1) continue;
+      if (!runsIn(i, { first: microbatch === 0, last: microbatch === microbatches - 1, logged: true })) continue;
       for (const id of i.waits ?? []) while (!localRanks.comm.wait(r, id)) yield;
       if (i.kind === "compute") backend.compute(i, copy, microbatch === 0);
       else if (i.kind === "collective") while (!localRanks.comm.collective(r, i, at)) yield;

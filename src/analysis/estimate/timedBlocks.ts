@@ -4,7 +4,7 @@ import type { DeviceProfile, KernelFamily } from "../../../schemas/deviceProfile
 import { bytesOf } from "../../../schemas/dtypes.ts";
 import { pairsOf, touchedBy, writesOf } from "../../../schemas/effects.ts";
 import type { Collective, Compute, Instruction, Memory, Plan, Program, StreamName } from "../../../schemas/plan.ts";
-import { activationStart, type Block, blocksOf } from "../../../schemas/program.ts";
+import { activationStart, type Block, blocksOf, runsIn } from "../../../schemas/program.ts";
 import { elementsOf, rankAt } from "../../../schemas/sharding.ts";
 import { BufferTable } from "../bufferTable.ts";
 import { kernelShape } from "./kernelShape.ts";
@@ -162,7 +162,7 @@ export function blockTimer(
     };
     const block = ({ kind, chunk, instructions }: Block, isFirst: boolean, isLast: boolean): TimedBlock => ({
       ...{ kind, chunk, isFirst, isLast },
-      instructions: instructions.filter(({ only }) => !only || isLast).map((i) => timed(i, kind === "step", isFirst)),
+      instructions: instructions.filter((i) => runsIn(i, { first: isFirst, last: isLast })).map((i) => timed(i, kind === "step", isFirst)),
       launches: instructions.reduce((sum, i) => sum + (i.kind === "compute" ? (launchesOf.get(i.kernel) ?? 1) : 1), 0),
     });
     return blocksOf(program)
@@ -175,7 +175,7 @@ export function blockTimer(
   };
 }
 
-const hasFirst = (i: Instruction): boolean => i.kind === "compute" && i.first_kernel !== undefined;
+const hasFirst = (i: Instruction): boolean => i.only === "first" || (i.kind === "compute" && i.first_kernel !== undefined);
 
 /** Returns the instruction of the first microbatch of a step. */
 function asFirst(i: Instruction): Instruction {

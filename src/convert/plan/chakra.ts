@@ -5,7 +5,7 @@
  */
 import { readsOf, writesOf } from "../../../schemas/effects.ts";
 import type { Buffer, CollectiveKind, Instruction, Plan, Program } from "../../../schemas/plan.ts";
-import { blockOf, blockTag, microbatchesIn } from "../../../schemas/program.ts";
+import { blockOf, blockTag, microbatchesIn, runsIn } from "../../../schemas/program.ts";
 import { numberInStage, rankAt, stageOfRank } from "../../../schemas/sharding.ts";
 import { BufferTable } from "../../analysis/bufferTable.ts";
 import { costOf } from "../../analysis/cost.ts";
@@ -123,13 +123,14 @@ function* nodesOf(
       block: blockOf(program, run),
       tag: blockTag(run, program.chunks.length),
       copy: `${run.microbatch}`,
+      isFirst: run.microbatch === 0,
       isLast: run.microbatch === last,
     })),
-    { block: program.step, tag: "step", copy: "", isLast: true },
+    { block: program.step, tag: "step", copy: "", isFirst: true, isLast: true },
   ];
-  for (const { block, tag, copy, isLast } of runs)
+  for (const { block, tag, copy, isFirst, isLast } of runs)
     for (const i of block) {
-      if (i.only === "last" && !isLast) continue;
+      if (!runsIn(i, { first: isFirst, last: isLast, logged: true })) continue;
       const waited = (i.waits ?? []).flatMap((id) => latest.get(id) ?? []);
       const writes = writesOf(i, known);
       const reads = i.kind === "compute" ? [...readsOf(i), ...(i.accumulates ?? []).flatMap((name) => i.writes[name] ?? [])] : readsOf(i);

@@ -24,7 +24,7 @@ function visitStep(program: Program, visit: (i: Instruction, times: number) => v
     const block = blockOf(program, run);
     runs.set(block, (runs.get(block) ?? 0) + 1);
   }
-  for (const [block, times] of runs) for (const i of block) visit(i, i.only === "last" ? 1 : times);
+  for (const [block, times] of runs) for (const i of block) visit(i, i.only ? 1 : times);
 }
 
 /** Returns the graph of these stages; transfers to other stages are left out. */

@@ -1,6 +1,6 @@
 /**
- * Gathering of updated parameters in buckets, beside the updates of the parameters after them. With the distributed optimizer each rank
- * updates a shard of a parameter and gathers the others.
+ * Gathering of updated parameters in buckets. With the distributed optimizer each rank updates a shard of a parameter and gathers the
+ * others: beside the updates of the parameters after them, or ahead of their first use in the next forward.
  */
 import type { Collective, Instruction, Program } from "../../../schemas/plan.ts";
 import { BufferTable } from "../../analysis/bufferTable.ts";

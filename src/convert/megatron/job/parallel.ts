@@ -89,6 +89,7 @@ function putOverlap({ args, job }: Importing, data: number, isDistributed: boole
   if (args.has("overlap-param-gather") && isDistributed && data > 1) {
     const bytes = args.has("bf16") || args.has("fp16") ? 2 : 4;
     job.put("parallel.parameter_bucket", mebibytes(elements, bytes), ["overlap-param-gather", "ddp-bucket-size"], remark);
+    job.put("parallel.parameter_gather", "forward", ["overlap-param-gather"]);
   }
   if (expert === 1) return;
   if (args.has("moe-shared-expert-overlap")) job.put("parallel.expert_overlap", "shared", ["moe-shared-expert-overlap"]);
