@@ -160,11 +160,14 @@ export function blockTimer(
         ...{ axes: "pp", isAcross, communication: classOf({ name: "transfers", axes: "pp" }) },
       };
     };
-    const block = ({ kind, chunk, instructions }: Block, isFirst: boolean, isLast: boolean): TimedBlock => ({
-      ...{ kind, chunk, isFirst, isLast },
-      instructions: instructions.filter((i) => runsIn(i, { first: isFirst, last: isLast })).map((i) => timed(i, kind === "step", isFirst)),
-      launches: instructions.reduce((sum, i) => sum + (i.kind === "compute" ? (launchesOf.get(i.kernel) ?? 1) : 1), 0),
-    });
+    const block = ({ kind, chunk, ...b }: Block, isFirst: boolean, isLast: boolean): TimedBlock => {
+      const instructions = b.instructions.filter((i) => runsIn(i, { first: isFirst, last: isLast }));
+      return {
+        ...{ kind, chunk, isFirst, isLast },
+        instructions: instructions.map((i) => timed(i, kind === "step", isFirst)),
+        launches: instructions.reduce((sum, i) => sum + (i.kind === "compute" ? (launchesOf.get(i.kernel) ?? 1) : 1), 0),
+      };
+    };
     return blocksOf(program)
       .filter(({ kind }) => !kind.startsWith("evaluation"))
       .flatMap((b) => {

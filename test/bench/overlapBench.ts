@@ -1,0 +1,72 @@
+/**
+ * Estimated steps of three jobs with and without each overlap, beside published steps of the same models: `npm run bench:overlap`, with
+ * names of jobs for these alone. Kernels and links are those of the profile of Megatron's stack on an H100, and steps are CUDA graphs;
+ * nothing is assumed to be hidden: what is hidden stands in the plan. Takes about five minutes of one core.
+ */
+import { readFileSync } from "node:fs";
+import { parse } from "yaml";
+import { estimate } from "../../src/analysis/estimate/estimate.ts";
+import { packageProfile } from "../../src/analysis/estimate/profiles.ts";
+import { loadDeviceTargets } from "../../src/codegen/targets.ts";
+import { compile } from "../../src/compile.ts";
+import { largest } from "../../src/units.ts";
+import { jobOf } from "../support/job.ts";
+import { readTable } from "./estimateRows.ts";
+
+const read = (path: string): string => readFileSync(new URL(path, import.meta.url), "utf8");
+const models = parse(read("../fixtures/estimate/models.yaml"));
+const deepseek = parse(read("../../plans/deepseek-v3-1024gpu/job.yaml"));
+
+/** A job of sequences of 4,096 tokens, whose experts have an even load, as in the published runs. */
+const jobFor = (name: string, parallel: object, global_batch: number) => ({
+  name,
+  model: { ...models[name], seq: 4096, moe: { ...models[name].moe, rows_bound: 1, router: { precision: "fp32" } } },
+  parallel: { distributed_optimizer: true, ...parallel },
+  train: { micro_batch: 1, global_batch, steps: 1, precision: "bf16", optimizer: { lr: 1e-4 } },
+  data: { path: "corpus.txt", tokenizer: "bytes" },
+  cluster: { device: "h100-80gb" },
+});
+const jobs: Readonly<Record<string, { readonly job: ReturnType<typeof jobFor>; readonly perNode: boolean }>> = {
+  "qwen3-30b-a3b, 16 H100": { job: jobFor("Qwen3-30B-A3B", { world: 16, expert: 16 }, 1024), perNode: true },
+  "mixtral-8x7b, 64 H100": { job: jobFor("Mixtral-8x7B", { world: 64, pipeline: 4, virtual_pipeline: 8, expert: 8 }, 256), perNode: false },
+  "deepseek-v3, 1024 H100": { job: deepseek, perNode: true },
+};
+
+const buckets = { gradient_bucket: 160, parameter_bucket: 80 };
+/** Per row, the keys of `parallel` and `train` that are added. */
+const overlaps: Readonly<Record<string, readonly [parallel: object, train?: object]>> = {
+  none: [{}],
+  "gradients sent in bf16": [{}, { gradient_reduction: "bf16" }],
+  "buckets of gradients": [{ gradient_bucket: buckets.gradient_bucket }],
+  "buckets of parameters in the step": [{ parameter_bucket: buckets.parameter_bucket }],
+  "buckets of parameters in forward": [{ parameter_bucket: buckets.parameter_bucket, parameter_gather: "forward" }],
+  "expert overlap: shared": [{ expert_overlap: "shared" }],
+  "all of them": [{ ...buckets, parameter_gather: "forward", expert_overlap: "shared" }, { gradient_reduction: "bf16" }],
+};
+
+const asked = process.argv.slice(2);
+const profile = packageProfile("h100-80gb.megatron")!;
+const target = (await loadDeviceTargets())("h100-80gb");
+const print = (...cells: readonly string[]): void => console.log(`| ${cells.join(" | ")} |`);
+for (const [name, { job: base, perNode }] of Object.entries(jobs)) {
+  if (asked.length > 0 && !asked.some((word) => name.startsWith(word))) continue;
+  console.log("");
+  print(name, "step, s", "TFLOP/s a GPU", "waits for data, s", "waits for experts, s", "peak, GiB");
+  print(..."------".split(""));
+  for (const [what, [parallel, train = {}]] of Object.entries(overlaps)) {
+    const job = jobOf({ ...base, parallel: { ...base.parallel, ...parallel }, train: { ...base.train, ...train } });
+    const { plan } = compile(job, { target });
+    const { seconds, model_flops_per_second, stages } = estimate(plan, { profile, assumed: { sendsPerNode: perNode, captured: true } });
+    const exposed = (has: (axes: string) => boolean): number =>
+      largest(stages, ({ parts }) => [...parts.exposed].reduce((sum, [axes, s]) => sum + (has(axes) ? s : 0), 0));
+    print(
+      what,
+      seconds.toFixed(2),
+      (model_flops_per_second / 1e12).toFixed(0),
+      ...[exposed((axes) => axes !== "ep" && axes.includes("dp")), exposed((axes) => axes === "ep")].map((s) => s.toFixed(3)),
+      (largest(plan.memory, (m) => m.peak) / 2 ** 30).toFixed(1),
+    );
+  }
+  for (const row of readTable("overlap.tsv").filter(({ job }) => job === name))
+    print(`published: ${row.what}`, row.seconds ?? "", row.tflops ?? "", "", "", "");
+}
