@@ -167,14 +167,24 @@ class NcclComm implements CudaComm {
       this.#performOne(how, group, only, stream);
       return;
     }
-    if (moves.some(({ from, to }) => from.at === to.at && how !== "all_reduce" && how !== "all_reduce_max"))
+    if (moves.some(({ from, to }) => from.at === to.at && !isInPlace.has(how)))
       throw new Error(`rankc: a bucket of ${how} is exchanged in place`);
+    // a call of NCCL begins when the group is complete: what follows it on the stream waits for the whole group
+    const after: (() => void)[] = [];
     group.together(() => {
-      for (const move of moves) this.#performOne(how, group, move, stream);
+      for (const move of moves) this.#performOne(how, group, move, stream, (copy) => after.push(copy));
     });
+    for (const copy of after) copy();
   }
 
-  #performOne(how: CollectiveKind, group: Communicator, { from, to }: Move, stream: Stream): void {
+  /** `follow` runs a copy that needs the result of the collective. */
+  #performOne(
+    how: CollectiveKind,
+    group: Communicator,
+    { from, to }: Move,
+    stream: Stream,
+    follow: (copy: () => void) => void = (copy) => copy(),
+  ): void {
     switch (how) {
       case "all_reduce":
         group.allReduce(from.at, to.at, from.count, stream, from.dtype, "sum");
@@ -192,7 +202,7 @@ class NcclComm implements CudaComm {
       case "reduce_scatter": {
         const own = from.at === to.at ? offsetPointer(from.at, group.rank * to.bytes) : to.at;
         group.reduceScatter(from.at, own, to.count, stream, from.dtype);
-        if (own !== to.at) this.#context.copy(to.at, own, to.bytes, stream);
+        if (own !== to.at) follow(() => this.#context.copy(to.at, own, to.bytes, stream));
         break;
       }
       case "all_to_all":
@@ -214,6 +224,9 @@ class NcclComm implements CudaComm {
     return this.#spare;
   }
 }
+
+/** The collectives that a bucket may exchange in place: they read no bytes that a copy before them has to set. */
+const isInPlace: ReadonlySet<CollectiveKind> = new Set(["all_reduce", "all_reduce_max", "reduce_scatter"] as const);
 
 /** The source and the destination of a collective. */
 interface Move {

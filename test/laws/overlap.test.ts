@@ -115,6 +115,19 @@ function lasting({ mesh, programs }: Plan): (piece: number) => boolean {
   return (piece) => pieces[piece]!;
 }
 
+test("buckets of gradients take no memory: sums lie in the bytes of their gradients", () => {
+  for (const parallel of [
+    { world: 4 },
+    { world: 4, distributed_optimizer: true },
+    { world: 8, distributed_optimizer: true, optimizer_instances: 2, expert: 4 },
+  ]) {
+    const model = "expert" in parallel ? { moe } : {};
+    const [plain, bucketed] = [parallel, { ...parallel, gradient_bucket: 0.004 }].map((p) => planOf(p, model).memory[0]!);
+    expect(bucketed!.gradient).toBe(plain!.gradient);
+    expect(bucketed!.peak).toBeLessThanOrEqual(plain!.peak);
+  }
+});
+
 test("evaluations see gathered parameters, in a plan whose steps end with shards", async () => {
   const own = { world: 4, distributed_optimizer: true, parameter_bucket: 0.002 };
   const data = { path: "corpus.txt", split: [0.999, 0.001, 0] };

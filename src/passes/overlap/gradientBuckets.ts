@@ -6,7 +6,7 @@
  * block, so such buckets end within it: each waits for the one before the last, and the last of a block runs in order.
  */
 import { readsOf, touchedBy, writesOf } from "../../../schemas/effects.ts";
-import type { Buffer, Chunk, Collective, Compute, Instruction, Program } from "../../../schemas/plan.ts";
+import type { Chunk, Collective, Compute, Instruction, Program } from "../../../schemas/plan.ts";
 import { blockOf, microbatchesIn } from "../../../schemas/program.ts";
 import { BufferTable } from "../../analysis/bufferTable.ts";
 import { type Bucket, BucketFiller, type Chain, collectivesOf, withWaits } from "./buckets.ts";
@@ -63,7 +63,9 @@ export function bucketGradients(program: Program, bytes: number): Program {
     (c): Chunk => ({ ...c, forward: insert(c.forward), backward: insert(c.backward), weights: insert(c.weights) }),
   );
   const replaced = new Set(reductions.flatMap((r) => r.replaced));
-  const placed = separate(program.buffers, reductions);
+  // a bucket writes each sum into the bytes of its gradient itself
+  const temporary = new Set(reductions.flatMap((r) => r.temporary));
+  const placed = program.buffers.filter(({ id }) => !temporary.has(id));
   // in the order in which they begin: a wait for a collective is a wait for those before it
   const open = buckets.flatMap(({ copies, collectives }) => (copies.length > 0 ? [] : collectives));
   const step = withWaits(
@@ -166,25 +168,3 @@ function reductionsOf({ step, parameters }: Program, buffers: BufferTable): Redu
 const sentBytes = ([first]: readonly Collective[], buffers: BufferTable): number => (first ? buffers.bytesOf(first.from) : 0);
 /** Returns whether an instruction copies a gradient: into another type or order, or a result into the bytes of the gradient. */
 const isCopy = (i: Instruction): i is Compute => i.kind === "compute" && (i.op === "arrange" || i.op === "cast");
-
-/**
- * Returns the buffers without temporary ones. A result in the bytes of its source that is smaller gets memory of its own, because other
- * ranks read the source until the reduction has ended; the result of an all-reduce stays in the bytes of its source.
- */
-function separate(buffers: readonly Buffer[], reductions: readonly Reduction[]): Buffer[] {
-  const temporary = new Set(reductions.flatMap((r) => r.temporary));
-  const inPlace = new Map<string, string>();
-  const apart = new Set<string>();
-  for (const { copies, links } of reductions)
-    for (const [n, { how, from, to }] of links.entries()) {
-      if (n === 0 && copies.length > 0) continue;
-      if (how === "all_reduce" || how === "all_reduce_max") inPlace.set(to, from);
-      else apart.add(to);
-    }
-  return buffers.flatMap((b): Buffer[] => {
-    if (temporary.has(b.id)) return [];
-    const { within: _, ...own } = b;
-    const source = inPlace.get(b.id);
-    return [apart.has(b.id) ? own : source === undefined ? b : { ...b, within: source }];
-  });
-}
