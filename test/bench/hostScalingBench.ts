@@ -63,8 +63,12 @@ const meshes: Readonly<Record<string, Mesh>> = {
   "data 2, overlap": { parallel: { ...data, ...buckets }, batch: 4, alone: one },
   "data 2, overlap, 16 multiprocessors": { parallel: { ...data, ...buckets, communication_sms: 16 }, batch: 4, alone: one },
   "data 2, overlap, 8 multiprocessors": { parallel: { ...data, ...buckets, communication_sms: 8 }, batch: 4, alone: one },
-  "data 2, overlap, 16 multiprocessors, sums in bf16": {
-    ...{ parallel: { ...data, ...buckets, communication_sms: 16 }, train: { gradient_reduction: "bf16" } },
+  "data 2, overlap, 16 multiprocessors, gathered in forward": {
+    ...{ parallel: { ...data, ...buckets, parameter_gather: "forward", communication_sms: 16 }, batch: 4, alone: one },
+  },
+  "data 2, overlap, 16 multiprocessors, gathered in forward, sums in bf16": {
+    parallel: { ...data, ...buckets, parameter_gather: "forward", communication_sms: 16 },
+    train: { gradient_reduction: "bf16" },
     ...{ batch: 4, alone: one, goal: 0.95 },
   },
   "tensor 2, expert 2": { parallel: { ...tensor, expert: 2 }, micro: 4, batch: 4, alone: one, goal: 0.85 },
