@@ -22,6 +22,8 @@ export interface ExportedTensor {
   readonly shape: readonly number[];
   /** Stays f32 whatever the type of the others. */
   readonly isExact: boolean;
+  /** The parameter that the tensor begins with: tensors of one parameter are best read one after the other. */
+  readonly parameter?: string;
   read(): Float32Array;
 }
 
@@ -59,6 +61,7 @@ export function exportedTensors(model: Model, checkpoint: NamedWeights, experts:
     const parameters = own.map(({ parameter }) => parameter.name);
     return {
       ...{ name, shape: sizesOf(slice.shape), isExact: name.endsWith("e_score_correction_bias") },
+      parameter: own[0]?.parameter.name ?? name,
       read: () => assembled(own, (parameter, ranges) => readerOf(parameter, parameters)(ranges), isTransposed),
     };
   });

@@ -16,6 +16,7 @@ import {
 } from "node:fs";
 import { join, resolve } from "node:path";
 import { type Dtype, dtypes, encoded } from "../../schemas/dtypes.ts";
+import { itemOf } from "../../schemas/lookup.ts";
 import { elementsOf } from "../../schemas/sharding.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import { makeFolder, unwritten } from "../../schemas/writing.ts";
@@ -36,6 +37,23 @@ export interface HfFolder {
   readonly copies: Readonly<Record<string, string>>;
   /** Called after each tensor. */
   readonly onTensor?: (writtenBytes: number) => void;
+  /** Threads that write tensors; absent: this thread. */
+  readonly writers?: ExportWriters;
+}
+
+/** The tensor of this number in the list of an export, to write at a byte of a file. */
+export interface TensorTask {
+  readonly tensor: number;
+  readonly path: string;
+  readonly at: number;
+}
+
+/** Threads that make the list of an export themselves, and write tensors of it. */
+export interface ExportWriters {
+  readonly count: number;
+  /** `writer`: its number. Rejects with the error of the tensor or of the file system. */
+  write(writer: number, task: TensorTask): Promise<void>;
+  close(): Promise<void>;
 }
 
 const INDEX = "model.safetensors.index.json";
@@ -60,15 +78,11 @@ function sized(tensor: ExportedTensor, dtype: ExportDtype): Sized {
 export async function writeHfFile(
   path: string,
   tensors: readonly ExportedTensor[],
-  how: Pick<HfFolder, "dtype" | "onTensor">,
+  how: Pick<HfFolder, "dtype" | "onTensor" | "writers">,
 ): Promise<void> {
   const part = `${path}.part`;
   try {
-    await writeFile(
-      part,
-      tensors.map((tensor) => sized(tensor, how.dtype)),
-      how.onTensor ?? (() => {}),
-    );
+    await writeFiles([{ path: part, tensors: tensors.map((tensor) => sized(tensor, how.dtype)) }], tensors, how);
     renameSync(part, path);
   } catch (error) {
     rmSync(part, { force: true });
@@ -97,21 +111,23 @@ export async function writeHfFolder(folder: string, tensors: readonly ExportedTe
   try {
     rmSync(part, { recursive: true, force: true });
     makeFolder(part);
-    let before = 0;
     const shards = shardsOf(
       tensors.map((tensor) => sized(tensor, how.dtype)),
       how.shardBytes,
     );
     const nameOf = (n: number): string =>
       shards.length === 1 ? "model.safetensors" : `model-${fiveDigits(n + 1)}-of-${fiveDigits(shards.length)}.safetensors`;
-    for (const [n, shard] of shards.entries()) {
-      const start = before;
-      await writeFile(join(part, nameOf(n)), shard, (bytes) => how.onTensor?.(start + bytes));
-      before += bytesOf(shard);
-    }
+    await writeFiles(
+      shards.map((shard, n) => ({ path: join(part, nameOf(n)), tensors: shard })),
+      tensors,
+      how,
+    );
     if (shards.length > 1) {
       const weight_map = Object.fromEntries(shards.flatMap((shard, n) => shard.map(({ name }) => [name, nameOf(n)])));
-      writeFileSync(join(part, INDEX), `${JSON.stringify({ metadata: { total_size: before }, weight_map }, null, 2)}\n`);
+      writeFileSync(
+        join(part, INDEX),
+        `${JSON.stringify({ metadata: { total_size: shards.reduce((sum, shard) => sum + bytesOf(shard), 0) }, weight_map }, null, 2)}\n`,
+      );
     }
     for (const [name, text] of Object.entries(how.texts)) writeFileSync(join(part, name), text);
     for (const [name, from] of Object.entries(how.copies)) copyFileSync(from, join(part, name));
@@ -144,20 +160,79 @@ function shardsOf(tensors: readonly Sized[], limit: number): Sized[][] {
   return shards;
 }
 
-async function writeFile(path: string, tensors: readonly Sized[], onTensor: (bytes: number) => void): Promise<void> {
+/** A file to write, with its tensors in order. */
+interface FileToWrite {
+  readonly path: string;
+  readonly tensors: readonly Sized[];
+}
+interface DueTensor extends TensorTask {
+  readonly bytes: number;
+  readonly parameter: string;
+}
+
+/** Writes files: first all headers, then the tensors of one parameter after those of another, each group in one of the writers. */
+async function writeFiles(
+  files: readonly FileToWrite[],
+  all: readonly ExportedTensor[],
+  how: Pick<HfFolder, "dtype" | "onTensor" | "writers">,
+): Promise<void> {
+  const { writers, dtype, onTensor } = how;
+  const due = files.flatMap((file) => dueIn(file));
+  const groups: DueTensor[][] = [];
+  for (const [n, each] of due.entries()) {
+    if (n === 0 || due[n - 1]?.parameter !== each.parameter) groups.push([]);
+    groups.at(-1)?.push({ ...each, tensor: n });
+  }
+  let next = 0;
+  let written = 0;
+  const work = async (writer: number): Promise<void> => {
+    for (let group = groups[next++]; group; group = groups[next++])
+      for (const { tensor, path, at, bytes } of group) {
+        if (writers) await writers.write(writer, { tensor, path, at });
+        else writeTensor({ tensor, path, at }, itemOf(all, tensor, "tensor"), dtype);
+        written += bytes;
+        onTensor?.(written);
+        // signals and progress arrive here
+        await new Promise(setImmediate);
+      }
+  };
+  const ends = await Promise.allSettled(
+    Array.from({ length: writers?.count ?? 1 }, async (_, writer) => {
+      try {
+        await work(writer);
+      } catch (error) {
+        next = groups.length;
+        throw error;
+      }
+    }),
+  );
+  for (const end of ends) if (end.status === "rejected") throw end.reason;
+  for (const { path } of files) withFile(path, "r+", fsyncSync);
+}
+
+/** Writes the header of a file. Returns its tensors with their places. */
+function dueIn({ path, tensors }: FileToWrite): DueTensor[] {
   const entries = tensors.map(({ name, dtype, shape }) => ({ name, dtype: dtypes[dtype].safetensors, shape }));
-  const fd = openSync(path, "w");
+  const header = headerOf(entries, metadata);
+  withFile(path, "w", (fd) => writeAll(fd, header, 0));
+  let at = header.length;
+  return tensors.map(({ name, parameter = name, bytes }) => {
+    const own = { tensor: 0, path, at, bytes, parameter };
+    at += bytes;
+    return own;
+  });
+}
+
+/** Reads a tensor, converts it, and writes it to its place. Throws a Trouble if it has values that the type cannot represent. */
+export function writeTensor({ path, at }: TensorTask, tensor: ExportedTensor, dtype: ExportDtype): void {
+  const bytes = bytesFor(sized(tensor, dtype));
+  withFile(path, "r+", (fd) => writeAll(fd, bytes, at));
+}
+
+function withFile(path: string, flags: string, act: (fd: number) => void): void {
+  const fd = openSync(path, flags);
   try {
-    writeAll(fd, headerOf(entries, metadata));
-    let written = 0;
-    for (const tensor of tensors) {
-      writeAll(fd, bytesFor(tensor));
-      written += tensor.bytes;
-      onTensor(written);
-      // signals and progress arrive here
-      await new Promise(setImmediate);
-    }
-    fsyncSync(fd);
+    act(fd);
   } finally {
     closeSync(fd);
   }
@@ -174,6 +249,6 @@ function bytesFor({ name, dtype, read }: Sized): Uint8Array {
   return new Uint8Array(words.buffer, words.byteOffset, words.byteLength);
 }
 
-function writeAll(fd: number, bytes: Uint8Array): void {
-  for (let done = 0; done < bytes.length; ) done += writeSync(fd, bytes, done, Math.min(bytes.length - done, 2 ** 30));
+function writeAll(fd: number, bytes: Uint8Array, at: number): void {
+  for (let done = 0; done < bytes.length; ) done += writeSync(fd, bytes, done, Math.min(bytes.length - done, 2 ** 30), at + done);
 }

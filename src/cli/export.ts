@@ -99,10 +99,11 @@ async function exportFile(at: string, options: ExportOptions): Promise<void> {
 }
 
 async function exportFolder(at: string, out: string, options: ExportOptions): Promise<void> {
-  const [{ openCheckpoint }, { exportedTensors }, { writeHfFolder }] = await Promise.all([
+  const [{ openCheckpoint }, { exportedTensors }, { bytesOfTensors, writeHfFolder }, { openExportThreads }] = await Promise.all([
     import("../../runtime/checkpoint/checkpoint.ts"),
     import("../../runtime/checkpoint/hfExport.ts"),
     import("../../runtime/checkpoint/hfFolder.ts"),
+    import("../../runtime/checkpoint/exportThread.ts"),
   ]);
   const { configText } = await import("../convert/hf/exportConfig.ts");
   const { own, torch } = dtypeNames[options.dtype ?? "bf16"];
@@ -116,17 +117,24 @@ async function exportFolder(at: string, out: string, options: ExportOptions): Pr
     // configs of other families have no multi-token prediction
     const exported = chosen.config.num_nextn_predict_layers === undefined ? { ...model, mtp: null } : model;
     if (model.mtp && !exported.mtp) printStderr(`note: ${chosen.family} has no multi-token prediction: its layers are left out`);
-    const tensors = exportedTensors(exported, checkpoint, options.fused ? "fused" : chosen.experts);
+    const experts = options.fused ? "fused" : chosen.experts;
+    const tensors = exportedTensors(exported, checkpoint, experts);
     const ids = tokenizer?.ids ?? {};
     const texts = {
       "config.json": configText({ ...chosen.config, ...ids }),
       "generation_config.json": jsonText({ _from_model_config: true, ...ids }),
       ...tokenizer?.texts,
     };
-    await writeHfFolder(out, tensors, {
-      ...{ dtype: own, shardBytes: options.maxShard, texts, copies: tokenizer?.copies ?? {} },
-      onTensor: await progressOf(tensors, own),
-    });
+    const writers = openExportThreads({ checkpoint: at, model: exported, experts, dtype: own }, tensors, bytesOfTensors(tensors, own));
+    try {
+      await writeHfFolder(out, tensors, {
+        ...{ dtype: own, shardBytes: options.maxShard, texts, copies: tokenizer?.copies ?? {} },
+        ...(writers && { writers }),
+        onTensor: await progressOf(tensors, own),
+      });
+    } finally {
+      await writers?.close();
+    }
     printStdout(
       `${out}: ${chosen.family}, ${plural(tensors.length, "tensor")} of ${checkpoint.folder}, after step ${checkpoint.progress.steps}`,
     );

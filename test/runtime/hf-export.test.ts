@@ -5,6 +5,7 @@ import { join } from "node:path";
 import { afterAll, beforeEach, describe, expect, test } from "vitest";
 import type { RankDevice } from "../../runtime/backend.ts";
 import { openCheckpoint } from "../../runtime/checkpoint/checkpoint.ts";
+import { openExportThreads } from "../../runtime/checkpoint/exportThread.ts";
 import { checkpointFor } from "../../runtime/checkpoint/hf.ts";
 import { type ExpertNames, exportedTensors } from "../../runtime/checkpoint/hfExport.ts";
 import { writeHfFolder } from "../../runtime/checkpoint/hfFolder.ts";
@@ -177,6 +178,41 @@ describe("tensors", () => {
     checkpoint.close();
     expect(new Set(reads.values())).toEqual(new Set([1]));
   });
+});
+
+test("threads write the same files, and their errors are those of one thread", async () => {
+  const job = jobOf({
+    name: "export",
+    model: { layers: 2, hidden: 32, heads: 4, vocab: 256, seq: 8, moe: { experts: 4, top_k: 2, ffn: 16 } },
+    parallel: { world: 1 },
+    train: { micro_batch: 1, global_batch: 1, steps: 1, precision: "fp32", optimizer: { lr: 1e-3 } },
+    data: { path: "corpus.txt" },
+  });
+  const at = await checkpointOf(job);
+  const checkpoint = openCheckpoint(at);
+  const model = checkpoint.model();
+  const tensors = exportedTensors(model, checkpoint, "mlp.experts");
+  const how = { dtype: "bf16", shardBytes: 20_000, texts: { "config.json": "{}" }, copies: {} } as const;
+  const out = [join(folder, "one"), join(folder, "two")] as const;
+  const progress: number[] = [];
+  await writeHfFolder(out[0], tensors, how);
+  const writers = openExportThreads({ checkpoint: at, model, experts: "mlp.experts", dtype: "bf16" }, tensors, 1e9);
+  if (!writers) throw new Error("no threads");
+  await writeHfFolder(out[1], tensors, { ...how, writers, onTensor: (bytes) => progress.push(bytes) });
+  const files = readdirSync(out[0]).sort();
+  expect(files.length).toBeGreaterThan(3);
+  expect(readdirSync(out[1]).sort()).toEqual(files);
+  for (const file of files) expect(readFileSync(join(out[1], file)).equals(readFileSync(join(out[0], file))), file).toBe(true);
+  expect(progress).toEqual([...progress].sort((a, b) => a - b));
+  const path = join(at, "rank-00000.safetensors");
+  const all = readFileSync(path);
+  all[all.length - 1]! ^= 1;
+  for (const byte of [all.length / 4, all.length / 8].map(Math.floor)) all[byte]! ^= 1;
+  writeFileSync(path, all);
+  await expect(writeHfFolder(out[1], tensors, { ...how, writers })).rejects.toThrow(/the SHA-256 of tensor .* differs/);
+  expect(readdirSync(out[1]).sort()).toEqual(files);
+  await writers.close();
+  checkpoint.close();
 });
 
 test("a folder that holds something else is refused; a failed export leaves the model that was there", async () => {

@@ -135,9 +135,11 @@ test("pieces and their parts in any range of a file are the elements that two sh
           Array.from({ length: size }, (_, i) => i)
             .filter((i) => cuts[i]?.[side] ?? true)
             .map((i) => [i, i + 1] as const)
-            .reduce<(readonly [number, number])[]>((all, [from, to]) => {
+            .reduce<[number, number][]>((all, [from, to]) => {
               const last = all.at(-1);
-              return last && last[1] === from ? [...all.slice(0, -1), [last[0], to]] : [...all, [from, to]];
+              if (last?.[1] === from) last[1] = to;
+              else all.push([from, to]);
+              return all;
             }, []),
         );
       const [theirs, ours] = [rangesOf(0), rangesOf(1)];

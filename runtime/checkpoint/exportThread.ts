@@ -1,0 +1,53 @@
+/** Threads that write the tensors of an export: each opens the checkpoint, and reads, transposes, rounds and writes one tensor at a time. */
+import { availableParallelism } from "node:os";
+import { workerData } from "node:worker_threads";
+import type { Job } from "../../schemas/job.ts";
+import { elementsOf } from "../../schemas/sharding.ts";
+import { largest } from "../../src/units.ts";
+import { moduleUrl } from "../moduleUrl.ts";
+import { serveTasks, TaskThread } from "../taskThread.ts";
+import { openCheckpoint } from "./checkpoint.ts";
+import { type ExpertNames, type ExportedTensor, exportedTensors } from "./hfExport.ts";
+import { type ExportDtype, type ExportWriters, type TensorTask, writeTensor } from "./hfFolder.ts";
+
+/** What is exported: all that a thread needs to make the same list of tensors. */
+export interface ExportSource {
+  readonly checkpoint: string;
+  readonly model: Job["model"];
+  readonly experts: ExpertNames;
+  readonly dtype: ExportDtype;
+}
+
+/** Bytes for which a thread pays. */
+const SHARE = 2 ** 27;
+
+/** Opens threads for an export of tensors that have so many bytes; undefined: this thread is as fast, or memory lacks for several. */
+export function openExportThreads(source: ExportSource, tensors: readonly ExportedTensor[], bytes: number): ExportWriters | undefined {
+  const elements = new Map<string, number>();
+  for (const { name, parameter = name, shape } of tensors) elements.set(parameter, (elements.get(parameter) ?? 0) + elementsOf(shape));
+  // a thread holds a parameter as it was read, transposed, and rounded
+  const room = Math.floor(process.availableMemory() / 2 / (12 * largest(elements.values(), (count) => count, 1)));
+  const count = Math.min(availableParallelism(), 16, Math.floor(bytes / SHARE), room);
+  if (count < 2) return undefined;
+  const url = moduleUrl("checkpoint/exportThread", import.meta.url);
+  const threads = Array.from({ length: count }, () => new TaskThread<TensorTask, void>(url, { exportThread: source }));
+  return {
+    count,
+    async write(writer, task) {
+      await threads[writer]?.perform(task);
+    },
+    async close() {
+      await Promise.all(threads.map((thread) => thread.close()));
+    },
+  };
+}
+
+const given = (workerData as { exportThread?: ExportSource } | null)?.exportThread;
+if (given) {
+  const tensors = exportedTensors(given.model, openCheckpoint(given.checkpoint), given.experts);
+  serveTasks((task: TensorTask) => {
+    const tensor = tensors[task.tensor];
+    if (!tensor) throw new Error(`rankc: the export has no tensor ${task.tensor}`);
+    writeTensor(task, tensor, given.dtype);
+  });
+}
