@@ -6,6 +6,7 @@
 # JOB: a job of one rank (default: test/bench/llama-1.1b.yaml). FOLDER: room for three checkpoints (default: /tmp/rankc-save); the logs
 # stay there. SAVE_EVERY: steps between two saves, which take longer than a save (default: 150); the run has twice as many.
 # RANKC: the command (default: NODE dist/cli/rankc.cjs, with NODE from the environment or `node`). Needs python3, and root to drop caches.
+# SHORT=1: the start and one save alone, after SAVE_EVERY steps; with EXPORT=1 the export, too.
 # FILL=1: another process holds the memory of the GPU that the steps leave free, so that saves have no staging area (needs torch).
 #
 # Prediction for llama-1.1b on an H200 (13.2 GB a checkpoint, 0.108 s a step, a disk of 0.96 GB/s written and 1.46 GB/s read by dd, 16 cores),
@@ -21,6 +22,7 @@
 #   peak host memory             620 MB beside 512 MiB of page-locked blocks of saves; 128 MiB of them in a resumed run
 #   FILL=1: stalls               memory 8 to 11 s (page-locking 13.2 GB at 1.2 to 1.7 GB/s, less what 149 steps prepared), copy 0.27 s
 set -euo pipefail
+short=${SHORT:-} steps_of=2; [ -n "$short" ] && steps_of=1
 job=${1:-test/bench/llama-1.1b.yaml} at=${2:-/tmp/rankc-save} every=${3:-150}
 rankc=${RANKC:-${NODE:-node} dist/cli/rankc.cjs}
 mkdir -p "$at"; rm -rf "$at"/{checkpoints,model,plan,metrics.jsonl,resume-*.jsonl,figures}
@@ -41,8 +43,8 @@ while process.poll() is None:
     try:
         status = dict(l.split(":", 1) for l in open(f"/proc/{process.pid}/status") if ":" in l)
         now = {k: int(status[k].split()[0]) // 1024 for k in ("VmHWM", "VmRSS", "RssAnon", "RssFile", "RssShmem", "VmLck", "VmPin") if k in status}
+        # a process that ends has no memory any more
         if now.get("VmRSS", 0) >= peak.get("VmRSS", 0): peak = now
-        else: peak["VmHWM"] = now.get("VmHWM", 0)
     except (OSError, KeyError, ValueError): pass
     time.sleep(0.05)
 with open(figures, "a") as out:
@@ -58,9 +60,12 @@ if [ -n "${FILL:-}" ]; then
 free, _ = torch.cuda.mem_get_info(); held = torch.empty(int(free - float("'"${FILL_LEAVES:-32e9}"'")), dtype=torch.uint8, device="cuda"); print("held", held.numel()); time.sleep(600)' &
   holder=$!; trap 'kill $holder 2>/dev/null' EXIT; sleep 8
 fi
-dd if=/dev/zero of="$at/dd" bs=64M count=100 conv=fsync 2> "$at/dd.log"; rm -f "$at/dd"
-figure "dd write, 6.7 GB" "$(tail -1 "$at/dd.log")"
-run "run" --steps $((2 * every)) --save "$at/checkpoints" --save-every "$every" --keep 1 --metrics "$at/metrics.jsonl" > "$at/run.log" 2>&1 || { tail -20 "$at/run.log"; exit 1; }
+if [ -z "$short" ]; then
+  dd if=/dev/zero of="$at/dd" bs=64M count=100 conv=fsync 2> "$at/dd.log"; rm -f "$at/dd"
+  figure "dd write, 6.7 GB" "$(tail -1 "$at/dd.log")"
+fi
+run "run" --steps $((steps_of * every)) --save "$at/checkpoints" --save-every "$every" --keep 1 --metrics "$at/metrics.jsonl" > "$at/run.log" 2>&1 || { tail -20 "$at/run.log"; exit 1; }
+[ -z "$short" ] && {
 drop
 cat "$at"/checkpoints/step-*/rank-*.safetensors | dd of=/dev/null bs=16M 2> "$at/dd.log" || true
 figure "dd read, cold" "$(tail -1 "$at/dd.log")"
@@ -68,8 +73,11 @@ drop
 for heat in cold warm; do
   run "resume $heat" --steps $((2 * every + 2)) --resume "$at/checkpoints" --metrics "$at/resume-$heat.jsonl" > "$at/resume-$heat.log" 2>&1 || tail -20 "$at/resume-$heat.log"
 done
+}
+[ -z "$short" ] || [ -n "${EXPORT:-}" ] && {
 watched "export" $rankc export hf "$at/checkpoints" -o "$at/model" > "$at/export.log" 2>&1 || tail -20 "$at/export.log"
 figure "export bytes" "$(du -sb "$at/model" | cut -f1)"
+}
 python3 - "$at" <<'P'
 import glob, json, os, statistics, sys
 at = sys.argv[1]
