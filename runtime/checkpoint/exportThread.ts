@@ -3,7 +3,6 @@ import { availableParallelism } from "node:os";
 import { workerData } from "node:worker_threads";
 import type { Job } from "../../schemas/job.ts";
 import { elementsOf } from "../../schemas/sharding.ts";
-import { largest } from "../../src/units.ts";
 import { moduleUrl } from "../moduleUrl.ts";
 import { serveTasks, TaskThread } from "../taskThread.ts";
 import { openCheckpoint } from "./checkpoint.ts";
@@ -26,7 +25,8 @@ export function openExportThreads(source: ExportSource, tensors: readonly Export
   const elements = new Map<string, number>();
   for (const { name, parameter = name, shape } of tensors) elements.set(parameter, (elements.get(parameter) ?? 0) + elementsOf(shape));
   // a thread holds a parameter as it was read, transposed, and rounded
-  const room = Math.floor(process.availableMemory() / 2 / (12 * largest(elements.values(), (count) => count, 1)));
+  const largest = [...elements.values()].reduce((most, count) => Math.max(most, count), 1);
+  const room = Math.floor(process.availableMemory() / 2 / (12 * largest));
   const count = Math.min(availableParallelism(), 16, Math.floor(bytes / SHARE), room);
   if (count < 2) return undefined;
   const url = moduleUrl("checkpoint/exportThread", import.meta.url);
