@@ -39,7 +39,7 @@ export const overlap: readonly Rule[] = [
     bad: "parallel: {world: 2, parameter_bucket: 40}\ntrain: {global_batch: 2}",
   }),
   rule({
-    code: "P133",
+    code: "P135",
     title: "parameter_gather without parameter_bucket",
     why: "Parameters are gathered ahead of their use in buckets. Without parameter_bucket each is gathered by itself after its update.",
     level: "warning",
