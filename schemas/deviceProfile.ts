@@ -129,6 +129,11 @@ export const DeviceProfile = z.strictObject({
   links: z.strictObject({ host: HostLinks, network: NetworkLinks }),
   overlap: z.strictObject({
     slowdown: z.number().min(0).max(0.9).describe("share of its rate that a kernel loses while communication runs"),
+    collective_factor: z
+      .number()
+      .min(1)
+      .default(1)
+      .describe("asynchronous collectives take so many times as long as alone: kernels beside them use the memory too"),
     hidden: z
       .strictObject({ experts: hiddenShare, data: hiddenShare, tensor: hiddenShare })
       .prefault({})

@@ -174,6 +174,21 @@ test("an asynchronous collective runs until an instruction waits for it by its i
   expect(beside.compute).toBe(5);
 });
 
+test("asynchronous collectives take as many times longer beside kernels as the profile says; those in order do not", () => {
+  const busy = (plan: Plan, collective_factor: number, isAsync: boolean): number => {
+    const { simulation } = estimate(plan, { profile: { ...h100, overlap: { ...h100.overlap, collective_factor } } });
+    const [stage] = simulation.stages;
+    const all = [...stage!.runs.map(({ block }) => block), stage!.step].flatMap(({ instructions }) => instructions);
+    return all.reduce(
+      (sum, { instruction: i, seconds }) => sum + (i.kind === "collective" && (i.stream !== undefined) === isAsync ? seconds : 0),
+      0,
+    );
+  };
+  const plan = plans()[4]!;
+  near(busy(plan, 1.5, true), 1.5 * busy(plan, 1, true));
+  near(busy(plan, 1.5, false), busy(plan, 1, false));
+});
+
 test("what overlap hides is no part of the step: gradients of buckets wait for less than those in order", () => {
   const waited = (plan: Plan): number => estimate(plan, { profile: slowLinks }).stages[0]!.parts.exposed.get("dp") ?? 0;
   const slowLinks = scaled(h100, 0.05, 0.05);

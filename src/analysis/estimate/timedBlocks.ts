@@ -149,7 +149,8 @@ export function blockTimer(
         const communication = classOf({ name: i.name, axes: i.axes, ...(i.stream && { stream: i.stream }) });
         const bytes = pairsOf(i).reduce((sum, { from, to }) => sum + Math.max(buffers.bytesOf(from), buffers.bytesOf(to)), 0);
         const copies = isOfRows(i) && assumed.sendsPerNode ? plan.job.model.moe?.top_k : undefined;
-        const seconds = collectiveSeconds(profile.links, i.how, bytes, group, copies) * (1 - hiddenShare(i, isStep));
+        const alone = collectiveSeconds(profile.links, i.how, bytes, group, copies) * (1 - hiddenShare(i, isStep));
+        const seconds = alone * (i.stream ? profile.overlap.collective_factor : 1);
         return { ...common, seconds, stream: i.stream ?? "comm", axes: i.axes, isAcross: group.nodes > 1, communication };
       }
       const isAcross = crosses(plan, program.stage, i.peer);
