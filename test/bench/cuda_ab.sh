@@ -11,9 +11,9 @@
 set -u
 here=$(cd "$(dirname "$0")/../.." && pwd)
 before=${1:-}
-jobs=${JOBS:-"deepseek-v3-3-layers qwen3-30b-12-layers mixtral-8x7b-4-layers"}
+jobs=${JOBS:-qwen3-30b-12-layers}
 without=${WITHOUT:-heads}
-with=${WITH:-norm_sums}
+with=${WITH:--}
 logs=${OUT:-$(mktemp -d)}
 node=$(command -v node || echo "$here/node_modules/.bin/node")
 
