@@ -1,4 +1,5 @@
 import type { Command } from "commander";
+import { Trouble } from "../../schemas/trouble.ts";
 import { type CommonOptions, withExamples, withFormat } from "./options.ts";
 import { endProgress, printJson, printProgress, printStderr, printStdout } from "./output.ts";
 
@@ -18,6 +19,12 @@ export function registerPack(program: Command): void {
   ).action(async (plan: string, options: Pick<CommonOptions, "format"> & { out: string; dataDir?: string; platform?: string }) => {
     const [{ pack }, { bytesText, plural }] = await Promise.all([import("./archive.ts"), import("../units.ts")]);
     const { format, ...settings } = options;
+    const other = /\.(zst|gz|tgz|bz2|zip|7z)$/i.exec(options.out);
+    if (other)
+      throw new Trouble(
+        `pack writes .tar.xz, and ${options.out} ends with ${other[0]}`,
+        `write ${options.out.replace(/(\.tar)?\.\w+$/, "")}.tar.xz`,
+      );
     let shown = -1;
     const onProgress = (files: number, of: number): void => {
       const tenth = Math.floor((10 * files) / of);

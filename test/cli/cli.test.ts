@@ -134,6 +134,7 @@ describe.concurrent("the command line", () => {
     [["check", folder], /directory/],
     [["explain", "P10"], /did you mean P101/],
     [["compile", job, "-o", join(folder, "corpus.txt")], /is a file, not a directory/],
+    [["pack", folder, "-o", join(folder, "a.tar.zst")], /pack writes .tar.xz, and .*a.tar.zst ends with .zst/],
   ] as const)("a user error is one message and exit code 2: %j", async (args, message) => {
     const { exit, out, err } = await rankc(...args);
     expect(err).toMatch(message);
