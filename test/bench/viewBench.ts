@@ -1,4 +1,4 @@
-/** Measures the page of `rankc view` for a plan of 2,048 ranks in headless Chromium: size, time to open, and frames while the schedule and the matrix move. */
+/** Measures the page of `rankc view` for a plan of 2,048 ranks in headless Chromium: size, time to open, and frames while drawings move, with their CPU time. */
 import { mkdtempSync, readFileSync, rmSync, statSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
@@ -12,6 +12,7 @@ import { readJob } from "../../src/frontend/readJobNow.ts";
 import { viewData } from "../../src/report/view/readPlanView.ts";
 import { root } from "../support/checkout.ts";
 import { launch, noBrowser } from "../support/chromium.ts";
+import { cpuByThread } from "./frameCpu.ts";
 
 if (noBrowser) throw new Error(noBrowser);
 const sets = ["parallel.world=2048", "train.global_batch=16384"];
@@ -66,30 +67,37 @@ try {
     opened.push(await page.evaluate("performance.getEntriesByName('rankc-ready')[0].startTime"));
   }
   console.log(`open: median ${median(opened).toFixed(0)} ms, most ${Math.max(...opened).toFixed(0)} ms of ${OPENS}`);
-  const report = ({ frames, draws }: { frames: number[]; draws: number[] }, what: string): void => {
+  /** Moves a drawing twice: for frames a second, and with the tracing of the browser for the CPU time of its threads. */
+  const report = async (selector: string, event: string, what: string): Promise<void> => {
+    const { frames, draws } = await move(page, selector, event);
     const rate = (1000 * frames.length) / frames.reduce((a, b) => a + b, 0);
     console.log(
       `${what}: ${rate.toFixed(1)} frames a second; interval median ${median(frames).toFixed(1)}, 95 % ${at95(frames).toFixed(1)} ms; drawing median ${median(draws).toFixed(1)}, 95 % ${at95(draws).toFixed(1)} ms`,
     );
+    await browser.startTracing(page, { categories: ["toplevel"] });
+    await move(page, selector, event);
+    const threads = [...cpuByThread(await browser.stopTracing())].map(([name, ms]) => [name, ms / FRAMES] as const);
+    const shown = threads.filter(([, ms]) => ms >= 0.1).sort(([, a], [, b]) => b - a);
+    console.log(`  CPU ms a frame: ${shown.map(([name, ms]) => `${name} ${ms.toFixed(2)}`).join(", ")}`);
   };
   const zoom = "(i) => ({ deltaY: i < 100 ? -12 : i < 200 ? 12 : i % 2 ? 20 : -20 })";
   const pan = "(i) => ({ shiftKey: true, deltaY: i < 150 ? 30 : -30 })";
-  report(await move(page, ".schedule-panel canvas", zoom), "schedule, zoom");
+  await report(".schedule-panel canvas", zoom, "schedule, zoom");
   await page.goto("about:blank");
   const { end } = data.plans[0]!.timeline;
   await page.goto(`${address}#schedule?time=${0.1 * end}~${0.6 * end}`);
   await page.waitForSelector(".schedule-panel canvas");
-  report(await move(page, ".schedule-panel canvas", pan), "schedule, pan over half of the step");
+  await report(".schedule-panel canvas", pan, "schedule, pan over half of the step");
   await page.goto("about:blank");
   await page.goto(`${address}#schedule?time=${0.1 * end}~${0.13 * end}`);
   await page.waitForSelector(".schedule-panel canvas");
-  report(await move(page, ".schedule-panel canvas", pan), "schedule, pan with single runs");
+  await report(".schedule-panel canvas", pan, "schedule, pan with single runs");
   await page.click("#tab-traffic");
   await page.waitForSelector(".traffic-panel canvas");
-  report(await move(page, ".traffic-panel canvas", zoom), "matrix, zoom");
+  await report(".traffic-panel canvas", zoom, "matrix, zoom");
   await page.click("#tab-memory");
   await page.waitForSelector(".memory-panel canvas");
-  report(await move(page, ".memory-panel canvas", pan), "memory, pan");
+  await report(".memory-panel canvas", pan, "memory, pan");
 } finally {
   await browser.close();
   rmSync(folder, { recursive: true, force: true });
