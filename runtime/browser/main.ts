@@ -5,6 +5,7 @@ import { batchesOf, readingOf } from "../train/inputs.ts";
 import { type Run, runOn, type StepResult } from "../train/loop.ts";
 import { webgpuOn } from "../webgpu/backend.ts";
 import { chartIn } from "./chart.ts";
+import { figures, showParts } from "./head.tsx";
 import { browser } from "./host.ts";
 import { type Loaded, loadCorpus, loadPlan, readText } from "./loaded.ts";
 
@@ -19,6 +20,7 @@ const [rows, wrong] = [at("rows", HTMLTableSectionElement), at("error", HTMLElem
 const setText = (id: string, what: string): void => {
   at(id, HTMLElement).textContent = what;
 };
+showParts(at("theme", HTMLElement), at("facts", HTMLElement));
 const chart = chartIn(at("chart", HTMLElement), "chart-title");
 
 /** Whether a run is in progress; Stop clears it, and the run ends after its step. */
@@ -35,7 +37,7 @@ function describe({ job, mesh, programs, memory, toolchain }: Plan): void {
     "about",
     `${layers} layers, hidden ${hidden}${experts}, ${compact(parameters)} parameters; ${job.train.global_batch} × ${seq} tokens a step; ${ranks}, ${toolchain.target}`,
   );
-  setText("memory", mebibytes(memory.reduce((sum, m) => sum + m.peak * mesh.per_stage, 0)));
+  figures.memory.value = mebibytes(memory.reduce((sum, m) => sum + m.peak * mesh.per_stage, 0));
   steps.value = String(job.train.steps);
   text.options[0]!.textContent = `the plan's corpus (${job.data.path.split("/").at(-1)})`;
 }
@@ -54,7 +56,7 @@ async function train({ plan, kernel }: Loaded): Promise<void> {
   const batch = batchesOf(chosen, readingOf(plan.job));
   setText("status", `Compiling ${plan.kernels.length} kernels…`);
   const localRanks = await webgpuOn(browser, plan, { kernel });
-  setText("adapter", localRanks.adapter);
+  figures.adapter.value = localRanks.adapter;
   let run: Run;
   try {
     run = runOn(plan, { localRanks, batch });
@@ -80,7 +82,7 @@ function clear(count: number): void {
   wrong.hidden = true;
   rows.replaceChildren();
   recent.length = 0;
-  for (const id of ["step", "loss", "speed"]) setText(id, "–");
+  for (const id of ["step", "loss", "speed"] as const) figures[id].value = "–";
   chart.clear(count);
 }
 
@@ -92,9 +94,9 @@ function show(result: StepResult): void {
   recent.push(result);
   if (recent.length > WINDOW) recent.shift();
   const speed = recent.reduce((sum, r) => sum + r.tokens, 0) / recent.reduce((sum, r) => sum + r.seconds, 0);
-  setText("step", String(result.step));
-  setText("loss", result.loss.toFixed(4));
-  setText("speed", Math.round(speed).toLocaleString("en"));
+  figures.step.value = String(result.step);
+  figures.loss.value = result.loss.toFixed(4);
+  figures.speed.value = Math.round(speed).toLocaleString("en");
   chart.add(result.loss);
   const row = rows.insertRow();
   const { step, loss, grad_norm, lr, tokens, seconds } = result;

@@ -1,5 +1,4 @@
 /** The frame of the page: the plan's name, tabs, the open panel, and what is known about the selection beside it. */
-import { useSignalEffect } from "@preact/signals";
 import type { ComponentType } from "preact";
 import { useEffect } from "preact/hooks";
 import { countText, plural } from "../units.ts";
@@ -12,7 +11,8 @@ import { ProgramPanel } from "./panels/program.tsx";
 import { SchedulePanel } from "./panels/schedule.tsx";
 import { TrafficPanel } from "./panels/traffic.tsx";
 import { Search } from "./search.tsx";
-import { chosenTheme, isDark, isSearching, type PanelName, panel, panelNames, plan, planIndex, plans, select, status } from "./state.ts";
+import { followTheme, isPageKey, switchTheme, ThemeButton } from "./shared/themeChoice.tsx";
+import { isSearching, type PanelName, panel, panelNames, plan, planIndex, plans, select, status } from "./state.ts";
 
 /** The panels: title and content. */
 const panels: Readonly<Record<PanelName, { readonly title: string; readonly Content: ComponentType }>> = {
@@ -27,10 +27,7 @@ const panels: Readonly<Record<PanelName, { readonly title: string; readonly Cont
 
 /** The page. */
 export function App() {
-  useSignalEffect(() => {
-    document.documentElement.style.colorScheme = isDark.value ? "dark" : "light";
-    document.documentElement.dataset.theme = isDark.value ? "dark" : "light";
-  });
+  useEffect(followTheme, []);
   useEffect(() => {
     addEventListener("keydown", onKey);
     return () => removeEventListener("keydown", onKey);
@@ -58,13 +55,12 @@ export function App() {
 
 /** Keys that work everywhere but in a field of text. */
 function onKey(event: KeyboardEvent): void {
-  const { target, key } = event;
-  if (event.ctrlKey || event.metaKey || event.altKey) return;
-  if (target instanceof HTMLElement && target.closest("input, textarea, select, dialog")) return;
+  const { key } = event;
+  if (!isPageKey(event)) return;
   const numbered = panelNames[Number(key) - 1];
   if (key === "/") isSearching.value = true;
   else if (key === "Escape") select(undefined);
-  else if (key === "t") chosenTheme.value = isDark.value ? "light" : "dark";
+  else if (key === "t") switchTheme();
   else if (numbered) panel.value = numbered;
   else return;
   event.preventDefault();
@@ -89,15 +85,7 @@ function Header() {
       <button type="button" class="search-button" onClick={() => (isSearching.value = true)}>
         Search <kbd>/</kbd>
       </button>
-      <button
-        type="button"
-        class="theme-button"
-        aria-label={isDark.value ? "use the light theme" : "use the dark theme"}
-        title="theme (t)"
-        onClick={() => (chosenTheme.value = isDark.value ? "light" : "dark")}
-      >
-        {isDark.value ? "☀" : "☾"}
-      </button>
+      <ThemeButton />
     </header>
   );
 }

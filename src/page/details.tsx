@@ -1,4 +1,5 @@
 /** What is known about the selection, beside every panel: why it exists, its line of the job, bytes, ranks, time slots. */
+
 import type { ComponentChildren } from "preact";
 import { bytesText, countText, plural } from "../units.ts";
 import { sourceOf, targetOf } from "./dependencies.ts";
@@ -8,10 +9,10 @@ import { groupText, rankText } from "./panels/mesh.tsx";
 import { runText } from "./panels/schedule.tsx";
 import { axisNames } from "./planModel.ts";
 import { PlanSummary } from "./planSummary.tsx";
+import { Facts } from "./shared/facts.tsx";
 import { focusRank, panel, plan, type Selection, select, selectedRanks, selection, stage } from "./state.ts";
 import { timeText } from "./timeText.ts";
 import { bytesBetween, flowsBetween } from "./traffic.ts";
-import { Facts } from "./widgets.tsx";
 
 type Of<K extends Selection["kind"]> = { readonly of: Extract<Selection, { kind: K }> };
 

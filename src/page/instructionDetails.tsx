@@ -1,11 +1,12 @@
 /** The details of an instruction: why it exists, the line of the job, what it costs, who takes part, when it runs. */
+
 import { bytesText, countText, flopsText, plural } from "../units.ts";
 import { changeOf } from "./changes.ts";
 import { BackLinks, Heading, JobLines, MiniMesh, TimeSlots } from "./detailParts.tsx";
 import { groupText } from "./panels/mesh.tsx";
 import type { PlacedView } from "./planModel.ts";
+import { Facts } from "./shared/facts.tsx";
 import { focusRank, panel, plan, type Selection, select, selectedInstruction, selectedRanks } from "./state.ts";
-import { Facts } from "./widgets.tsx";
 
 /** The details of the selected instruction. */
 export function InstructionDetails({ of }: { readonly of: Extract<Selection, { kind: "instruction" }> }) {
@@ -56,7 +57,7 @@ function placeText({ stage, block, layer }: PlacedView): string {
 
 function Numbers({ found }: { readonly found: PlacedView }) {
   const { view, block, stage } = found;
-  const times = block.kind === "step" ? 1 : (plan.value.view.inspection.roles[stage]?.microbatches ?? 1);
+  const times = block.kind === "step" || view.only === "last" ? 1 : (plan.value.view.inspection.roles[stage]?.microbatches ?? 1);
   const { why } = view;
   const sends = view.kind === "compute" ? "reads and writes" : "sends";
   const link = why?.link;
@@ -64,6 +65,8 @@ function Numbers({ found }: { readonly found: PlacedView }) {
     <Facts
       rows={[
         ["shapes", view.shapes],
+        view.kind === "collective" ? ["stream", view.stream ?? "in order with compute"] : undefined,
+        view.waits && ["waits for", view.waits.map((id) => plan.value.idIn(found, id)).join(", ")],
         why?.sharding === undefined ? undefined : ["layout", why.sharding],
         link && [
           "links",

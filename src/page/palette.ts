@@ -1,7 +1,7 @@
 /** The colours of drawings on light and dark pages. Pages have the colours of shared/theme.css; pictures of `inspect` have the same kinds of colours. */
 import { computed } from "@preact/signals";
 import type { AxisName } from "./planModel.ts";
-import { isDark } from "./state.ts";
+import { isDark } from "./shared/themeChoice.tsx";
 
 /** The colours of one theme. */
 export interface Palette {

@@ -1,9 +1,11 @@
 /** The details when nothing is selected: the plan in a few numbers, and with two plans what the change costs. */
+
 import { bytesText, countText, flopsText, largest } from "../units.ts";
 import { palette } from "./palette.ts";
+import { Facts } from "./shared/facts.tsx";
 import { plan, planIndex, plans, select, stage, viewDiff } from "./state.ts";
 import { timeText } from "./timeText.ts";
-import { Facts, Legend } from "./widgets.tsx";
+import { Legend } from "./widgets.tsx";
 
 /** The parts of the memory in the order of reports. */
 export const memoryParts = ["parameter", "gradient", "optimizer", "activation", "workspace", "scratch"] as const;

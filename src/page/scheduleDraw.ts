@@ -6,6 +6,7 @@ import type { Sheet } from "./canvas.tsx";
 import { channels, microbatchColour, type Palette, palette, pixel } from "./palette.ts";
 import type { PlanModel } from "./planModel.ts";
 import type { StageRuns } from "./stageRuns.ts";
+import { placeOfLane, type StreamLane, streamsOf, stripOf } from "./streamLanes.ts";
 import type { TimeScale } from "./timeAxis.ts";
 
 /** The meaning of colours. */
@@ -21,6 +22,8 @@ export interface Row {
 
 /** The least mean width of runs that are drawn one by one, in pixels. */
 const LEAST_WIDTH = 3;
+/** The least height of a run that shows its name. */
+const LEAST_TEXT = 13;
 /** The least width of a run that shows its instructions. */
 export const WITH_INSTRUCTIONS = 150;
 
@@ -64,7 +67,7 @@ function drawRuns(context: CanvasRenderingContext2D, scale: TimeScale, row: Row,
     const whole = scale.x(runs.end[i] ?? 0) - scale.x(runs.start[i] ?? 0);
     const hasStrip = whole >= WITH_INSTRUCTIONS && height >= 18;
     if (hasStrip) drawStrip(context, scale, { model, stage, runs, i }, { top, height });
-    if (width > 7 * tag.length + 6) {
+    if (width > 7 * tag.length + 6 && height >= LEAST_TEXT) {
       context.fillStyle = colours.onFill;
       context.fillText(tag, from + width / 2, top + (hasStrip ? height * 0.28 : height / 2 + 0.5));
     }
@@ -92,33 +95,46 @@ function drawStrip(
   const slots = model.slots(stage, block);
   const [start, length] = [runs.start[i] ?? 0, runs.duration(i)];
   const colours = palette.value;
-  const [y, h] = [top + Math.round(height * 0.55), height - Math.round(height * 0.55) - 2];
+  const strip = stripOf(model, { top, height });
   context.fillStyle = "rgb(0 0 0 / 0.18)";
   const [left, right] = [Math.max(scale.left, scale.x(start)), Math.min(scale.left + scale.width, scale.x(start + length))];
-  context.fillRect(left, y, right - left - 1, h);
+  for (const lane of streamsOf(model)) {
+    const { top: y, height: h } = placeOfLane(model, strip, lane);
+    context.fillRect(left, y, right - left - 1, h);
+  }
   for (let n = 0; n < marks.length; n++) {
-    const axis = marks[n];
-    if (axis === undefined) continue;
+    const mark = marks[n];
+    if (mark === undefined) continue;
     const x = scale.x(start + length * (slots[2 * n] ?? 0));
     const to = scale.x(start + length * (slots[2 * n + 1] ?? 0));
     if (to < scale.left || x > scale.left + scale.width) continue;
-    context.fillStyle = colours.axes[axis];
-    context.fillRect(Math.max(scale.left, x), y, Math.max(1.5, Math.min(to, right) - Math.max(scale.left, x) - 0.5), h);
+    const { top: y, height: h } = placeOfLane(model, strip, mark.lane);
+    context.fillStyle = colours.axes[mark.axis];
+    // a collective of a stream may end after its block
+    const end = mark.lane === undefined ? Math.min(to, right) : Math.min(to, scale.left + scale.width);
+    context.fillRect(Math.max(scale.left, x), y, Math.max(1.5, end - Math.max(scale.left, x) - 0.5), h);
   }
 }
 
 type Axis = keyof Palette["axes"];
-const marksByBlock = new WeakMap<PlanModel, Map<string, readonly (Axis | undefined)[]>>();
+interface Mark {
+  readonly axis: Axis;
+  readonly lane: StreamLane;
+}
+const marksByBlock = new WeakMap<PlanModel, Map<string, readonly (Mark | undefined)[]>>();
 
-/** Returns per instruction of a block the axis that it sends over; undefined: it computes. */
-function marksOf(model: PlanModel, stage: number, kind: string, chunk: number): readonly (Axis | undefined)[] {
-  const own = marksByBlock.get(model) ?? new Map<string, readonly (Axis | undefined)[]>();
+/** Returns per instruction of a block the axis that it sends over, and its lane; undefined: it computes. */
+function marksOf(model: PlanModel, stage: number, kind: string, chunk: number): readonly (Mark | undefined)[] {
+  const own = marksByBlock.get(model) ?? new Map<string, readonly (Mark | undefined)[]>();
   marksByBlock.set(model, own);
   const key = `${stage} ${kind} ${chunk}`;
   const known = own.get(key);
   if (known) return known;
   const block = model.block(stage, kind, chunk);
-  const marks = (block ? model.instructions(stage, block) : []).map(({ view }) => axisOf(view.axes));
+  const marks = (block ? model.instructions(stage, block) : []).map(({ view }): Mark | undefined => {
+    const axis = axisOf(view.axes);
+    return axis && { axis, lane: view.stream };
+  });
   own.set(key, marks);
   return marks;
 }

@@ -37,7 +37,13 @@ function readIndex(model: PlanModel): Hit[] {
         seen.add(key);
         const selection = { kind: "instruction", stage, phase: block.kind, chunk: block.chunk, id } as const;
         const kind = view.kind === "compute" ? "instruction" : view.kind === "collective" ? "collective" : "transfer";
-        hits.push({ kind, text: form, note: `${view.does}, ${block.kind}`, panel: "program", selection });
+        hits.push({
+          kind,
+          text: form,
+          note: `${view.does}, ${block.kind}${view.stream ? `, stream ${view.stream}` : ""}`,
+          panel: "program",
+          selection,
+        });
       }
     for (const { id, kind } of state) {
       if (seen.has(id)) continue;

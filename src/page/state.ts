@@ -2,6 +2,7 @@
 import { batch, computed, effect, signal } from "@preact/signals";
 import type { ViewData } from "../report/view/planView.ts";
 import { type AxisName, axisNames, type PlacedView, type PlanModel } from "./planModel.ts";
+import { chosenTheme, themeOf } from "./shared/themeChoice.tsx";
 
 /** The panels in the order of the tabs. */
 export const panelNames = ["mesh", "schedule", "memory", "program", "traffic", "kernels", "findings"] as const;
@@ -37,8 +38,6 @@ export const block = signal<{ readonly kind: string; readonly chunk: number }>({
 export const span = signal<{ readonly from: number; readonly to: number } | undefined>(undefined);
 /** The moment whose live tensors the panel memory lists. */
 export const moment = signal(0);
-/** The chosen theme; undefined: that of the system. */
-export const chosenTheme = signal<"light" | "dark" | undefined>(undefined);
 /** A sentence about what the pointer or the focus is on; screen readers read it. */
 export const status = signal("");
 /** Whether the search is open. */
@@ -50,14 +49,6 @@ export const plan = computed((): PlanModel => {
   if (!shown) throw new Error("rankc: the page has no plan");
   return shown;
 });
-
-const systemDark = matchMedia("(prefers-color-scheme: dark)");
-const isSystemDark = signal(systemDark.matches);
-systemDark.addEventListener("change", ({ matches }) => {
-  isSystemDark.value = matches;
-});
-/** Whether the page is dark. */
-export const isDark = computed(() => (chosenTheme.value === undefined ? isSystemDark.value : chosenTheme.value === "dark"));
 
 /** The visible time, and where the step ends. */
 export const visible = computed(() => {
@@ -159,8 +150,7 @@ function readFragment(): void {
     span.value = from !== undefined && to !== undefined && to > from ? { from, to } : undefined;
     moment.value = Number(of.get("moment") ?? 0) || 0;
     selection.value = selectionOf(of.get("select") ?? "");
-    const theme = of.get("theme");
-    chosenTheme.value = theme === "light" || theme === "dark" ? theme : undefined;
+    chosenTheme.value = themeOf(of.get("theme"));
   });
 }
 

@@ -1,6 +1,4 @@
 /** Small parts that several panels have. */
-import type { ComponentChildren } from "preact";
-
 interface SegmentsProps<T extends string> {
   readonly label: string;
   readonly value: T;
@@ -33,23 +31,5 @@ export function Legend({ entries }: { readonly entries: readonly (readonly [name
         </li>
       ))}
     </ul>
-  );
-}
-
-/** Names and values below one another. */
-export function Facts({ rows }: { readonly rows: readonly (readonly [name: string, value: ComponentChildren] | undefined)[] }) {
-  return (
-    <dl class="pairs">
-      {rows.flatMap((row) =>
-        row
-          ? [
-              <div key={row[0]}>
-                <dt>{row[0]}</dt>
-                <dd>{row[1]}</dd>
-              </div>,
-            ]
-          : [],
-      )}
-    </dl>
   );
 }

@@ -47,8 +47,9 @@ test("the page is one small script without modules of Node", () => {
   const scripts = readdirSync(join(page, "assets")).filter((name) => name.endsWith(".js"));
   expect(scripts).toHaveLength(1);
   const script = readFileSync(join(page, "assets", scripts[0]!), "utf8");
-  // zod alone is larger; the page draws initial weights, keeps documents apart and evaluates
-  expect(script.length).toBeLessThan(80_000);
+  // zod alone is larger; the page draws initial weights, keeps documents apart and evaluates; Preact and its signals, which the parts that
+  // it shares with the page of `rankc view` need, are 21,000 of it
+  expect(script.length).toBeLessThan(100_000);
   // the last is what vite puts in the place of a module of Node
   expect(script).not.toMatch(/["'`]node:|process\.|Buffer\.(from|alloc)|browser-external/);
 });
@@ -96,6 +97,13 @@ describe.skipIf(noBrowser)(`in Chromium with a software adapter${noBrowser ? `: 
     await ends(page);
     expect(await page.textContent("#status")).toBe(`Trained ${STEPS} steps.`);
     expect(await page.isHidden("#error")).toBe(true);
+    const ground = (): Promise<string> => page.evaluate("getComputedStyle(document.body).backgroundColor");
+    const before = await ground();
+    await page.click(".theme-button");
+    await expect.poll(ground, PATIENT).not.toBe(before);
+    await page.keyboard.press("t");
+    await expect.poll(ground, PATIENT).toBe(before);
+    expect(await page.evaluate("location.hash")).toMatch(/^#theme=(light|dark)$/);
     const got = await lossesIn(page);
     const want = await lossesOn(job.data.path, STEPS);
     expect(got).toHaveLength(STEPS);

@@ -31,9 +31,23 @@ interface Readable {
   getImageData(x: number, y: number, width: number, height: number): { readonly data: { readonly buffer: ArrayBuffer } };
 }
 
-/** Addresses of a page about one plan, and of one about two. */
+/** Returns the texts of a page whose contrast to their ground is below 4.5, the least of WCAG 2 for ordinary text. */
+const lowContrast = (page: Page): Promise<string[]> =>
+  page.evaluate(`(() => {
+    const channels = (text) => (text.match(/[\\d.]+/g) ?? []).map(Number);
+    const light = ([r, g, b]) => [r, g, b].map((c) => (c /= 255) <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4).reduce((s, c, i) => s + c * [0.2126, 0.7152, 0.0722][i], 0);
+    const groundOf = (e) => { for (let at = e; at; at = at.parentElement) { const c = channels(getComputedStyle(at).backgroundColor); if (c.length === 3 || c[3] === 1) return c; } return [255, 255, 255]; };
+    return [...document.querySelectorAll("body *")].filter((e) => e.checkVisibility() && !e.closest(":disabled") && [...e.childNodes].some((n) => n.nodeType === 3 && n.textContent.trim())).flatMap((e) => {
+      const [a, b] = [light(channels(getComputedStyle(e).color)), light(groundOf(e))];
+      const contrast = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+      return contrast < 4.5 ? [e.className + ": " + e.textContent.trim().slice(0, 30) + " " + contrast.toFixed(2)] : [];
+    });
+  })()`);
+
+/** Addresses of a page about one plan, of one about two, and of one about a plan with streams. */
 let one: string;
 let two: string;
+let streams: string;
 beforeAll(async () => {
   const built = join(folder, "built");
   await build({ configFile: join(root, "src/page/vite.config.ts"), build: { outDir: built }, logLevel: "error" });
@@ -54,6 +68,8 @@ beforeAll(async () => {
   };
   one = written("one.html", [first]);
   two = written("two.html", [first, second]);
+  const beside = ["parallel.world=8", "parallel.distributed_optimizer=true", "parallel.gradient_bucket=1", "parallel.parameter_bucket=1"];
+  streams = written("streams.html", [await planAt(beside)]);
 });
 
 test("a page that is not built is named", () => {
@@ -134,6 +150,51 @@ describe.skipIf(noBrowser)(`in Chromium${noBrowser ? `: skipped, ${noBrowser}` :
     await opened(`${one}${hash}`);
     await soon(() => page.getAttribute("#tab-schedule", "aria-selected")).toBe("true");
     await soon(details).toBe(before);
+  });
+
+  test("the selected collective is marked in mesh, schedule and matrix, and its time in the column at the right", async () => {
+    const pixels = (selector: string): Promise<string> =>
+      page.locator(selector).evaluate((e) => (e as unknown as { toDataURL(): string }).toDataURL());
+    for (const tab of ["mesh", "schedule", "traffic"]) {
+      await opened(`${one}#${tab}`);
+      await soon(() => coloursOf(".panel canvas.fill"), tab).toBeGreaterThan(4);
+      const before = await pixels(".panel canvas.fill");
+      await page.keyboard.press("/");
+      await page.keyboard.type("all_gather attn forward");
+      await page.keyboard.press("Enter");
+      await page.click(`#tab-${tab}`);
+      await soon(() => pixels(".panel canvas.fill"), tab).not.toBe(before);
+      await soon(() => coloursOf(".mini-time")).toBeGreaterThan(2);
+      await soon(() => coloursOf(".mini-mesh")).toBeGreaterThan(2);
+    }
+  });
+
+  test("streams: a wide run has a lane for each, and a collective on it names its stream and what waits for it", async () => {
+    await opened(`${streams}#schedule`);
+    await soon(() => textOf(".lanes-of-runs")).toBe("A wide run shows, from above: in order, stream gradients, stream parameters");
+    await page.keyboard.press("/");
+    await page.keyboard.type("reduce_scatter stream gradients");
+    await page.keyboard.press("Enter");
+    await soon(details).toMatch(/stream\ngradients/);
+    await soon(details).toMatch(/1 × a step/);
+    // the last backward run of stage 0 is the only one with collectives of gradients: it stands at the end of the first row
+    await page.click("#tab-schedule");
+    await page.keyboard.press("Escape");
+    const box = (await page.locator(".schedule-panel canvas").boundingBox())!;
+    await page.mouse.move(box.x + box.width - 14, box.y + 40);
+    for (let i = 0; i < 12; i++) await page.mouse.wheel(0, -240);
+    await page.waitForFunction("location.hash.includes('time=')");
+    const found = new Set<string>();
+    for (let x = 90; x < box.width - 14 && !found.has("gradients"); x += 7) {
+      await page.mouse.move(box.x + x, box.y + 72);
+      const stream = /, stream (\w+)$/.exec(await textOf(".status"))?.[1];
+      if (stream === undefined) continue;
+      found.add(stream);
+      await page.mouse.down();
+      await page.mouse.up();
+    }
+    expect([...found]).toContain("gradients");
+    await soon(details).toMatch(/collective[\s\S]*stream\ngradients/);
   });
 
   test("mesh: a rank is chosen by pointer or keyboard, and its groups are named", async () => {
@@ -256,6 +317,8 @@ describe.skipIf(noBrowser)(`in Chromium${noBrowser ? `: skipped, ${noBrowser}` :
         await opened(`${two}#${panel}?theme=${colorScheme}`);
         const image = await page.screenshot(shots ? { path: join(shots, `${panel}-${colorScheme}.png`) } : {});
         expect(image.length).toBeGreaterThan(10_000);
+        // text of every panel has a contrast of at least 4.5 to its ground
+        expect(await lowContrast(page), `${panel}, ${colorScheme}`).toEqual([]);
       }
     }
   });

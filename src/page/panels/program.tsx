@@ -75,7 +75,7 @@ function LaneHeads({ lanes }: { readonly lanes: readonly Lane[] }) {
       <span class="quiet">this rank</span>
       <div class="lanes">
         {lanes.map(({ axes, ranks, axis }) => (
-          <span key={axes} style={{ color: palette.value.axes[axis] }} title={`${axes}: ${plural(ranks, "rank")}`}>
+          <span key={axes} style={{ borderColor: palette.value.axes[axis] }} title={`${axes}: ${plural(ranks, "rank")}`}>
             {axes}
             {!axes.startsWith("stage") && <small>{`+${ranks - 1}`}</small>}
           </span>

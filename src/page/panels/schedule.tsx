@@ -4,10 +4,11 @@ import { countText } from "../../units.ts";
 import type { Sheet } from "../canvas.tsx";
 import { sourceOf, targetOf } from "../dependencies.ts";
 import { palette } from "../palette.ts";
-import type { PlanModel } from "../planModel.ts";
+import type { PlacedView, PlanModel } from "../planModel.ts";
 import { type Colouring, drawRows, type Row, WITH_INSTRUCTIONS } from "../scheduleDraw.ts";
 import { drawMarks, drawTransfers } from "../scheduleMarks.ts";
 import { plan, plans, select, selectInstruction, selection, span, status, visible } from "../state.ts";
+import { instructionAt, laneUnder, streamsOf, stripOf } from "../streamLanes.ts";
 import { AXIS, drawTimeAxis, panBy, reveal, showFrom, type TimeScale, timeScale, zoomAt } from "../timeAxis.ts";
 import { TimeCanvas, ZoomButtons } from "../timeCanvas.tsx";
 import { timeText } from "../timeText.ts";
@@ -169,7 +170,7 @@ interface Hit {
   readonly stage: number;
   readonly time: number;
   readonly run: number | undefined;
-  readonly instruction: number | undefined;
+  readonly instruction: PlacedView | undefined;
 }
 
 function runUnder({ scale, rows }: Drawn, x: number, y: number): Hit | undefined {
@@ -180,27 +181,13 @@ function runUnder({ scale, rows }: Drawn, x: number, y: number): Hit | undefined
   const runs = model.runs[stage];
   const run = runs?.at(time);
   if (!runs || run === undefined) return { model, stage, time, run, instruction: undefined };
-  const isInStrip = scale.x(runs.end[run] ?? 0) - scale.x(runs.start[run] ?? 0) >= WITH_INSTRUCTIONS && y > top + height * 0.55;
-  const block = model.block(stage, runs.kindOf(run), runs.chunk[run] ?? 0);
-  return {
-    model,
-    stage,
-    time,
-    run,
-    instruction:
-      block && isInStrip ? shortestAt(model.slots(stage, block), (time - (runs.start[run] ?? 0)) / runs.duration(run)) : undefined,
-  };
-}
-
-/** Returns the shortest instruction that runs at a share of a block: communication runs beside kernels. */
-function shortestAt(slots: readonly number[], share: number): number | undefined {
-  let [best, length] = [-1, Infinity];
-  for (let n = 0; 2 * n + 1 < slots.length; n++) {
-    const [start, end] = [slots[2 * n] ?? 0, slots[2 * n + 1] ?? 0];
-    if (start > share || end < share || end - start >= length) continue;
-    [best, length] = [n, end - start];
-  }
-  return best < 0 ? undefined : best;
+  const strip = stripOf(model, { top, height });
+  const isInStrip = scale.x(runs.end[run] ?? 0) - scale.x(runs.start[run] ?? 0) >= WITH_INSTRUCTIONS && y > strip.top;
+  const block = isInStrip ? model.block(stage, runs.kindOf(run), runs.chunk[run] ?? 0) : undefined;
+  const share = (time - (runs.start[run] ?? 0)) / runs.duration(run);
+  const instruction =
+    block && instructionAt(model.slots(stage, block), model.instructions(stage, block), laneUnder(model, strip, y), share);
+  return { model, stage, time, run, instruction };
 }
 
 function choose(hit: Hit | undefined): void {
@@ -208,11 +195,8 @@ function choose(hit: Hit | undefined): void {
     select(undefined);
     return;
   }
-  const { model, stage, run, instruction } = hit;
-  const runs = model.runs[stage];
-  const block = runs && model.block(stage, runs.kindOf(run), runs.chunk[run] ?? 0);
-  const chosen = block && instruction !== undefined ? model.instructions(stage, block)[instruction] : undefined;
-  if (chosen) selectInstruction(chosen);
+  const { stage, run, instruction } = hit;
+  if (instruction) selectInstruction(instruction);
   else select({ kind: "run", stage, run });
 }
 
@@ -226,9 +210,10 @@ function hitText({ model, stage, time, run, instruction }: Hit): string {
     const why = next < runs.length ? ` for ${runs.tag(next)}${sourceText(model, { stage, run: next })}` : ": it has run its last block";
     return `stage ${stage} waits ${timeText(to - from)}${why}`;
   }
-  const block = model.block(stage, runs.kindOf(run), runs.chunk[run] ?? 0);
-  const inside = block && instruction !== undefined ? model.instructions(stage, block)[instruction] : undefined;
-  if (inside) return `stage ${stage}, ${runs.tag(run)}: ${inside.view.does} ${inside.id}`;
+  if (instruction) {
+    const { id, view } = instruction;
+    return `stage ${stage}, ${runs.tag(run)}: ${view.does} ${id}${view.stream ? `, stream ${view.stream}` : ""}`;
+  }
   return runText(model, stage, run);
 }
 
@@ -283,7 +268,17 @@ function ScheduleLegend({ colouring }: { readonly colouring: Colouring }) {
   const used = names.flatMap((name, k) =>
     plan.value.runs.some(({ kind }) => kind.includes(k)) ? [[name, colours.kinds[k] ?? ""] as const] : [],
   );
-  return <Legend entries={[...(colouring === "kind" ? used : []), ["wait", colours.idle]]} />;
+  const lanes = streamsOf(plan.value);
+  return (
+    <>
+      <Legend entries={[...(colouring === "kind" ? used : []), ["wait", colours.idle]]} />
+      {lanes.length > 1 && (
+        <span class="quiet lanes-of-runs">
+          A wide run shows, from above: {lanes.map((lane) => (lane ? `stream ${lane}` : "in order")).join(", ")}
+        </span>
+      )}
+    </>
+  );
 }
 
 /** The visible runs as a table, for readers that do not see the drawing. */

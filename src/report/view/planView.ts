@@ -2,7 +2,7 @@
  * The data of the page that `rankc view` writes. The compiler writes it (readPlanView.ts) and the page reads it (src/page/): this module is
  * the only one that both know. It has roles and not ranks, and equal layers once, so its size does not grow with the number of ranks.
  */
-import type { BlockRun, BufferKind, CollectiveKind } from "../../../schemas/plan.ts";
+import type { BlockRun, BufferKind, CollectiveKind, Instruction, StreamName } from "../../../schemas/plan.ts";
 import type { MeshData } from "../../../schemas/sharding.ts";
 import type { PlanDiff } from "../diff.ts";
 import type { Inspection } from "../inspect.ts";
@@ -108,6 +108,12 @@ export interface InstructionView {
   readonly world?: true;
   /** Stages from this one to the peer of a transfer. */
   readonly peer?: number;
+  /** The stream on which an asynchronous collective runs beside compute; absent: in order. */
+  readonly stream?: StreamName;
+  /** Collectives of streams that it waits for. */
+  readonly waits?: readonly string[];
+  /** It runs in the last microbatch of a step only, or in steps only whose numbers are logged. */
+  readonly only?: NonNullable<Instruction["only"]>;
   /** The job key that decided it. */
   readonly path: string;
   readonly because: string;

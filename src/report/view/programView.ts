@@ -26,11 +26,12 @@ export function programsView(plan: Plan): ProgramsView {
   const shared = new SharedParts(plan);
   const stages = plan.programs.map((program): StageView => {
     const buffers = new BufferTable(program.buffers);
+    const layers = new Map(blocksOf(program).flatMap(({ instructions }) => instructions.map((i) => [i.id, layerOf(i, buffers)] as const)));
     const lifetimes = blockLifetimes(program);
     const blocks = lifetimes.map(({ block, lives }): BlockView => {
       const base = firstLayerOf(program, block.chunk);
       const parts = layerRuns(block.instructions, buffers).map(({ layer, instructions }) => ({
-        part: shared.partOf({ program, block, buffers }, instructions, layer ?? base),
+        part: shared.partOf({ program, block, buffers, layers }, instructions, layer ?? base),
         layer: layer === undefined ? null : layer - base,
       }));
       const alive = lives.map(
@@ -50,6 +51,8 @@ interface Placed {
   readonly program: Program;
   readonly block: Block;
   readonly buffers: BufferTable;
+  /** The layers of all instructions of the program. */
+  readonly layers: ReadonlyMap<string, number | undefined>;
 }
 
 /** Parts and forms by their text. */
@@ -114,18 +117,21 @@ function layerRuns(instructions: readonly Instruction[], buffers: BufferTable) {
   return runs;
 }
 
-function instructionView({ mesh }: Plan, { program, block, buffers }: Placed, i: Instruction, layer: number): InstructionView {
+function instructionView({ mesh }: Plan, { program, block, buffers, layers }: Placed, i: Instruction, layer: number): InstructionView {
   const name = (id: string): string => fromLayer(id, buffers.get(id).layer, layer);
   const shape = (id: string): string => `${buffers.get(id).dtype}${shapeText(buffers.get(id))}`;
   const list = (ids: readonly string[]): string => ids.map(shape).join(" ");
   const { flops, bytes } = costOf(i, mesh, buffers);
   const [reads, writes] = [readsOf(i), writesOf(i, buffers)];
+  const waits = i.waits?.map((id) => fromLayer(id, layers.get(id), layer));
   const common = {
     id: fromLayer(i.id, layerOf(i, buffers), layer),
     reads: reads.map(name),
     writes: writes.map(name),
     flops,
     bytes,
+    ...(waits && { waits }),
+    ...(i.only && { only: i.only }),
   } as const;
   switch (i.kind) {
     case "compute": {
@@ -134,9 +140,9 @@ function instructionView({ mesh }: Plan, { program, block, buffers }: Placed, i:
       return { ...common, kind: "compute", does: i.op, shapes, kernel: i.kernel, path, because };
     }
     case "collective": {
-      const { how, axes, subAxes, world, why } = i;
+      const { how, axes, subAxes, world, why, stream } = i;
       const shapes = `${shape(i.from)} -> ${shape(i.to)}`;
-      const over = { how, axes, subAxes, ...(world ? { world: true as const } : {}) };
+      const over = { how, axes, subAxes, ...(world ? { world: true as const } : {}), ...(stream && { stream }) };
       return {
         ...common,
         kind: "collective",
