@@ -26,6 +26,11 @@ export interface Language {
   call(fn: Exclude<Fn, Operator>, args: readonly ExprText[]): ExprText;
   test(test: Test["kind"], args: readonly ExprText[]): string;
   select(test: string, yes: ExprText, no: ExprText, isVector: boolean): ExprText;
+  /**
+   * A product that is rounded before it is added to something. Compilers otherwise choose in each kernel whether a product and a sum are one
+   * operation, and values per launch, such as the weight decay of a step, must have the same bits in all kernels. Absent: `a * b`.
+   */
+  roundedProduct?(a: ExprText, b: ExprText): ExprText;
   /** Whether elements are computed as vectors. */
   readonly vectors: boolean;
   /** Whether a division by a constant, or by a variable per launch or per row, becomes a product with the reciprocal. */
@@ -153,9 +158,10 @@ class Printer {
     }
     if (fn === "add" || fn === "sub" || fn === "mul" || fn === "div") {
       invariant(b !== undefined, `${fn} has one operand`);
-      const left = this.print(a);
+      const isSum = fn === "add" || fn === "sub";
+      const left = isSum ? this.term(a) : this.print(a);
       const inverse = fn === "div" ? this.reciprocal(b) : undefined;
-      return this.binary(inverse ? "mul" : fn, left, inverse ?? this.print(b));
+      return this.binary(inverse ? "mul" : fn, left, inverse ?? (isSum ? this.term(b) : this.print(b)));
     }
     if (fn === "oneMinusPower") {
       invariant(a.kind === "constant" && b !== undefined, "the base of a power is a constant");
@@ -165,6 +171,16 @@ class Printer {
       fn,
       args.map((x) => this.print(x)),
     );
+  }
+
+  /** Returns a term of a sum. */
+  private term(e: Expr): ExprText {
+    const { roundedProduct } = this.language;
+    if (!roundedProduct || e.kind !== "call" || e.fn !== "mul" || scopeOf(e) !== "launch") return this.print(e);
+    const [a, b] = e.args;
+    invariant(a !== undefined && b !== undefined, "a product has two factors");
+    this.parts.calls.add(e.fn);
+    return roundedProduct(this.print(a), this.print(b));
   }
 
   private binary(fn: keyof typeof operators, a: ExprText, b: ExprText): ExprText {

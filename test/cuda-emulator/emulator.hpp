@@ -136,6 +136,12 @@ static char message[1024];
   _longjmp(abandoned, 1);
 }
 
+extern "C" __attribute__((visibility("hidden"))) char __bss_start[], _end[];
+/* Shared memory is static memory of this library; the buffers of a launch are not. */
+inline void expectGlobal(const void* to) {
+  if (to >= static_cast<void*>(__bss_start) && to < static_cast<void*>(_end)) fail("a store for global memory has an address in shared memory");
+}
+
 inline word clusterRank() { return word(current) / blockDim.x; }
 
 // -- fibers: each runs the kernel for one thread, block after block

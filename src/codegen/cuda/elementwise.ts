@@ -81,7 +81,11 @@ export function makeElementwise(spec: KernelSpec, arch: Arch, f: CudaElementwise
       ...{ name, load },
       type: cudaType(dtype),
     })),
-    outputs: outputs.map(({ name, value }) => ({ name, value })),
+    outputs: outputs.map(({ name, value }, n) => {
+      // one expression has one contraction of products and sums, so that kernels with and without the second output have the same bits
+      const same = outputs.slice(0, n).find((earlier) => earlier.value === value);
+      return { name, value: same ? `${same.name}Out[j]` : value };
+    }),
   });
   const operands = [...inputs, ...written].map((o) => o.name);
   const args = [...operands, ...(ragged ? [rowIndex] : []), ...(f.start ? [startOf(f.start)] : []), ...attrs.map((a) => attributeOf(a))];

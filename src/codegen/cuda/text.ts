@@ -63,6 +63,7 @@ export const cuda: Language = {
   reciprocals: true,
   literal: f32,
   declare: (name, value) => `const float ${name} = ${value};`,
+  roundedProduct: (a, b) => ({ text: `__fmul_rn(${a.text}, ${b.text})`, strength: strength.atom, isVector: false }),
   call(fn, args) {
     const [a = zero, b = zero] = args;
     const of = (text: string, own: ExprText["strength"]): ExprText => ({ text, strength: own, isVector: false });
