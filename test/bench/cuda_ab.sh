@@ -12,8 +12,8 @@ set -u
 here=$(cd "$(dirname "$0")/../.." && pwd)
 before=${1:-}
 jobs=${JOBS:-qwen3-30b-12-layers}
-without=${WITHOUT:-heads}
-with=${WITH:--}
+without=${WITHOUT:--}
+with=${WITH:-heads}
 logs=${OUT:-$(mktemp -d)}
 node=$(command -v node || echo "$here/node_modules/.bin/node")
 

@@ -25,7 +25,7 @@ function forwardOf(i: Compute, producers: ReadonlyMap<string, Compute>, uses: Bu
   const { x } = i.reads;
   const first = i.op === "rope" && x !== undefined && uses.isBetweenTwo(x) ? producers.get(x) : undefined;
   const { x: from, gain } = first?.reads ?? {};
-  if (!first || first.op !== "head_norm" || from === undefined || gain === undefined || !canRotate(i, first)) return undefined;
+  if (first?.op !== "head_norm" || from === undefined || gain === undefined || !canRotate(i, first)) return undefined;
   uses.delete(x ?? "");
   return { first, by: { ...i, op: "head_norm_rope", attrs: attributes(first, i), dims: first.dims, reads: { x: from, weight: gain } } };
 }
@@ -36,8 +36,7 @@ function backwardOf(i: Compute, producers: ReadonlyMap<string, Compute>, uses: B
   const { dx, dgain } = i.writes;
   const first = i.op === "head_norm_grad" && dy !== undefined && uses.isBetweenTwo(dy) ? producers.get(dy) : undefined;
   const from = first?.reads.x;
-  if (!first || first.op !== "rope" || from === undefined || x === undefined || gain === undefined || !canRotate(first, i))
-    return undefined;
+  if (first?.op !== "rope" || from === undefined || x === undefined || gain === undefined || !canRotate(first, i)) return undefined;
   if (dx === undefined || dgain === undefined) return undefined;
   uses.delete(dy ?? "");
   const { accumulates, ...rest } = i;
