@@ -1,6 +1,11 @@
 /** Rules P13x: communication beside compute. */
 import { deviceOf } from "../../schemas/devices.ts";
+import type { Job } from "../../schemas/job.ts";
 import { type Rule, rule } from "./rule.ts";
+
+/** Returns how many streams of asynchronous collectives a job asks for. */
+const streamsOf = (p: Job["parallel"]): number =>
+  [p.gradient_bucket, p.parameter_bucket, p.expert_overlap].filter((key) => key !== "none").length;
 
 /** Rules of overlap. */
 export const overlap: readonly Rule[] = [
@@ -80,13 +85,13 @@ export const overlap: readonly Rule[] = [
     *check({ parallel: p, cluster }) {
       if (p.communication_sms === "none") return;
       const { multiprocessors } = deviceOf(cluster.device);
-      const streams = [p.gradient_bucket, p.parameter_bucket, p.expert_overlap].filter((key) => key !== "none").length;
-      const most = Math.ceil(multiprocessors / Math.max(1, streams)) - 1;
+      const streams = Math.max(1, streamsOf(p));
+      const most = Math.ceil(multiprocessors / streams) - 1;
       if (p.communication_sms <= most) return;
       yield {
         at: "parallel.communication_sms",
         related: ["cluster.device"],
-        found: `${p.communication_sms} for each of ${Math.max(1, streams)} streams, and ${cluster.device} has ${multiprocessors}`,
+        found: `${p.communication_sms} for each of ${streams} streams, and ${cluster.device} has ${multiprocessors}`,
         fix: `use at most ${most}; 8 to 16 are usual`,
         tries: [{ "parallel.communication_sms": 8 }],
       };
@@ -99,7 +104,7 @@ export const overlap: readonly Rule[] = [
     why: "The limit holds for collectives that run beside kernels. Without gradient_bucket, parameter_bucket and expert_overlap each collective runs alone and may occupy the whole device.",
     level: "warning",
     *check({ parallel: p }) {
-      if (p.communication_sms === "none" || [p.gradient_bucket, p.parameter_bucket, p.expert_overlap].some((key) => key !== "none")) return;
+      if (p.communication_sms === "none" || streamsOf(p) > 0) return;
       yield {
         at: "parallel.communication_sms",
         related: ["parallel.gradient_bucket"],
