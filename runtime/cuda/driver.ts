@@ -76,7 +76,8 @@ export type Context = {
   readonly copyOut: (toPinned: bigint, from: DevicePointer, bytes: number, stream: Stream) => void;
   readonly copy: (to: DevicePointer, from: DevicePointer, bytes: number, stream: Stream) => void;
   readonly fillIn: (at: DevicePointer, byte: number, bytes: number, stream: Stream) => void;
-  readonly createStream: () => Stream;
+  /** Thread blocks of an urgent stream that are ready start before those of other streams. */
+  readonly createStream: (urgency?: "urgent") => Stream;
   readonly destroyStream: (stream: Stream) => void;
   readonly createEvent: (use?: "timing" | "order") => Event;
   readonly destroyEvent: (event: Event) => void;
@@ -161,6 +162,8 @@ function readDevice({ call, int }: DriverCalls, ordinal: number): CudaDevice {
 const sharedOptin = 97;
 /** The stream is not ordered with the legacy default stream. */
 const CU_STREAM_NON_BLOCKING = 1;
+/** Lower numbers are more urgent; the driver raises this one to the lowest that the device has. */
+const HIGHEST_PRIORITY = -100;
 /** Other threads may call the driver during a capture. An event without a time costs less, and suffices to order streams. */
 const [CU_STREAM_CAPTURE_MODE_THREAD_LOCAL, CU_EVENT_DISABLE_TIMING] = [1, 2];
 const [CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES] = [1, 8];
@@ -224,7 +227,7 @@ type StreamCall =
   | "elapsed"
   | "synchronize";
 const streamCalls = ({ call, isUnready, handle }: DriverCalls): Pick<Context, StreamCall> => ({
-  createStream: () => handle("cuStreamCreate", CU_STREAM_NON_BLOCKING),
+  createStream: (urgency) => handle("cuStreamCreateWithPriority", CU_STREAM_NON_BLOCKING, urgency ? HIGHEST_PRIORITY : 0),
   destroyStream: (stream) => call("cuStreamDestroy_v2", stream),
   createEvent: (use = "timing") => handle("cuEventCreate", use === "timing" ? 0 : CU_EVENT_DISABLE_TIMING),
   destroyEvent: (event) => call("cuEventDestroy_v2", event),

@@ -28,7 +28,7 @@ const prototypes = {
   cuMemcpyDtoHAsync_v2: ["void *", "uint64_t", "size_t", "void *"],
   cuMemcpyDtoDAsync_v2: ["uint64_t", "uint64_t", "size_t", "void *"],
   cuMemsetD8Async: ["uint64_t", "uchar", "size_t", "void *"],
-  cuStreamCreate: ["void *", "uint"],
+  cuStreamCreateWithPriority: ["void *", "uint", "int"],
   cuStreamDestroy_v2: ["void *"],
   cuStreamSynchronize: ["void *"],
   cuEventCreate: ["void *", "uint"],

@@ -153,7 +153,9 @@ export class RankStreams {
   }
 
   #open(name: string): OwnStream {
-    return { name, stream: this.#context.createStream(), seen: -1 };
+    // a collective of several ranks lasts until its last thread block on any rank has begun, and each occupies its multiprocessor until then
+    const stream = name === "compute" ? this.#context.createStream() : this.#context.createStream("urgent");
+    return { name, stream, seen: -1 };
   }
 
   #own(name: string): OwnStream {

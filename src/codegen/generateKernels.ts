@@ -38,11 +38,12 @@ export function generateKernels(programs: readonly Program[], mesh: Mesh, target
     const buffers = new Map(p.buffers.map((b) => [b.id, b]));
     const forms = new Map(p.buffers.map((b) => [b.id, numbers.of(bufferForm(b), () => numbers.forms)]));
     const microbatches = microbatchesIn(p);
-    const use = (i: Compute, uses: number): string => {
+    const use = (i: Compute, uses: number, isBeside: boolean): string => {
       const index = i.rows === undefined ? "" : mayOverflow(i, buffers) ? "bounded" : "index";
-      const form = computeForm(i, (id) => forms.get(id), kernelAttrs(i)) + index;
+      const sharesDevice = isBeside && target.dividesGrids === true && ops[i.op].flops !== undefined;
+      const form = computeForm(i, (id) => forms.get(id), kernelAttrs(i)) + index + sharesDevice;
       const name = names.of(form, () => {
-        const spec = kernelSpecOf(i, mesh, buffers);
+        const spec = kernelSpecOf(i, mesh, buffers, sharesDevice);
         if (!kernels.has(spec.name)) kernels.set(spec.name, generateKernel(spec, Object.keys(i.dims), target, sources));
         return spec.name;
       });
@@ -50,14 +51,16 @@ export function generateKernels(programs: readonly Program[], mesh: Mesh, target
       return name;
     };
     const soleWriters = target.writesFirst ? soleWritersOf(p, buffers) : new Set<Instruction>();
-    const name = (i: Compute, uses: number): Compute => {
-      if (!soleWriters.has(i)) return { ...i, kernel: use(i, uses) };
+    const name = (i: Compute, uses: number, isBeside: boolean): Compute => {
+      if (!soleWriters.has(i)) return { ...i, kernel: use(i, uses, isBeside) };
       const { accumulates: _, ...writing } = i;
-      const first_kernel = use(writing, 1);
-      return { ...i, kernel: uses > 1 ? use(i, uses - 1) : first_kernel, first_kernel };
+      const first_kernel = use(writing, 1, isBeside);
+      return { ...i, kernel: uses > 1 ? use(i, uses - 1, isBeside) : first_kernel, first_kernel };
     };
-    const block = (instructions: readonly Instruction[], times: number) =>
-      instructions.map((i) => (i.kind === "compute" ? name(i, times) : i));
+    const block = (instructions: readonly Instruction[], times: number) => {
+      const isBeside = instructions.some((i) => i.kind === "collective" && i.stream !== undefined);
+      return instructions.map((i) => (i.kind === "compute" ? name(i, times, isBeside) : i));
+    };
     const chunks = p.chunks.map((c) => ({
       ...c,
       forward: block(c.forward, microbatches),
@@ -120,7 +123,7 @@ const mayOverflow = ({ rows }: Compute, buffers: ReadonlyMap<string, Buffer>): b
   rows !== undefined && buffers.has(`${rows}.needed`);
 
 /** Returns the kernel spec of an instruction. It contains nothing that differs between ranks or layers. */
-function kernelSpecOf(i: Compute, mesh: Mesh, buffers: ReadonlyMap<string, Program["buffers"][number]>): KernelSpec {
+function kernelSpecOf(i: Compute, mesh: Mesh, buffers: ReadonlyMap<string, Program["buffers"][number]>, sharesDevice: boolean): KernelSpec {
   const operands = [...Object.entries(i.reads), ...Object.entries(i.writes)].map(
     ([name, id]) => [name, entryOf(buffers, id, "buffer")] as const,
   );
@@ -138,6 +141,7 @@ function kernelSpecOf(i: Compute, mesh: Mesh, buffers: ReadonlyMap<string, Progr
     ...(i.blocks && { blocks: i.blocks.map(({ stride }) => stride) }),
     makesRows: i.rows !== undefined,
     mayOverflow: mayOverflow(i, buffers),
+    ...(sharesDevice && { sharesDevice }),
   };
   return { ...spec, name: `${spec.op}_${sha256(canonical({ ...spec, accumulates: [...spec.accumulates].sort() })).slice(0, 8)}` };
 }

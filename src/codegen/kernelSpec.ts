@@ -33,6 +33,8 @@ export interface KernelSpec<Operand extends string = string, Size extends string
   readonly makesRows: boolean;
   /** Whether the rows that the op makes may exceed the bound; if so the kernel writes max(needed, rows) to the i32 argument `needed`. */
   readonly mayOverflow: boolean;
+  /** Whether collectives run at the same time, which occupy multiprocessors: see `dividedGrid`. */
+  readonly sharesDevice?: true;
 }
 /** The kernel spec of one op of the table. */
 export type SpecOf<O> = KernelSpec<OperandName<O>, SizeName<O>>;

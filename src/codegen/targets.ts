@@ -18,6 +18,8 @@ export interface Target {
   readonly suffix: string;
   /** Whether the runtime runs `first_kernel` in the first microbatch of a step; otherwise all gradients are zero before. */
   readonly writesFirst?: true;
+  /** Whether kernels of products and attention differ where collectives run beside them. */
+  readonly dividesGrids?: true;
   /** The fusions for whose ops there are kernels (src/ops/fused.ts). */
   readonly fuses?: readonly Fusion[];
   /** Returns the kernel of a spec; undefined if the target runs the reference of the op. */
@@ -56,6 +58,7 @@ export async function loadTarget(text: string): Promise<Target> {
         name: text,
         suffix: "cu",
         writesFirst: true,
+        ...(arch === "sm_90a" && { dividesGrids: true as const }),
         fuses: cudaFusions,
         generate: (spec) => cudaKernels[spec.op](spec, arch),
         weights: weightsKernel,

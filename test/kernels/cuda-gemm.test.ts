@@ -73,6 +73,11 @@ emulated(`Hopper's products${note}`, () => {
       held("t5", "gemm_wgrad", { S: 72, K: 72, N: 136 }, false, { tile: low, stages: 2 }),
     ]),
   );
+  /** The kernel that runs beside collectives. */
+  const beside = (name: string, sizes: Sizes, adds: boolean, change: Partial<HopperTiling>): Held => {
+    const c = caseOf(name, "grouped_wgrad", sizes, "bf16", adds);
+    return { ...c, made: tiled({ ...c.use, sharesDevice: true }, change) };
+  };
   test("grouped: experts without rows, with few and with several tiles", () =>
     holdAll(
       inTier(
@@ -87,8 +92,11 @@ emulated(`Hopper's products${note}`, () => {
           // the fourth block takes tiles from the shallow end
           held("g7", "grouped_wgrad", { K: 136, N: 72, rows }, false, { tile: turns, stages: 2, blocks: 5 }),
           held("g8", "grouped_wgrad", { K: 72, N: 136, rows }, true, { tile: turns, stages: 3, blocks: 4 }),
+          beside("g9", { K: 136, N: 72, rows }, false, { tile: turns, stages: 2, blocks: 5 }),
+          beside("g10", { K: 72, N: 136, rows }, true, { tile: turns, stages: 3, blocks: 4 }),
         ],
         "g3",
+        "g9",
         "g7",
       ),
     ));

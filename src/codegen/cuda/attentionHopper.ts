@@ -10,6 +10,7 @@ import { type AttentionSizes, isReordered } from "../attentionSizes.ts";
 import type { GeneratedKernel, KernelSpec } from "../kernelSpec.ts";
 import { shareOf } from "./attentionOrder.ts";
 import { causalMaskText, randomText, scales, startTexts } from "./attentionText.ts";
+import { dividedGrid } from "./dividedGrid.ts";
 import { source } from "./text.ts";
 
 /** The grid is sized for this number; a device with fewer multiprocessors runs the remaining thread blocks later. */
@@ -59,9 +60,10 @@ export function forwardHopper(spec: KernelSpec, d: AttentionSizes, half: Float16
     values: weigh(W, half),
   });
   const tiles = Math.ceil(S / rows) * B * G * M;
+  const blocks = Math.min(tiles, MULTIPROCESSORS);
   const launch = {
     entry: spec.name,
-    grid: [Math.min(tiles, MULTIPROCESSORS), 1, 1] as [number, number, number],
+    grid: [spec.sharesDevice ? dividedGrid(blocks, tiles, MULTIPROCESSORS) : blocks, 1, 1] as [number, number, number],
     threads: 128 + 128 * groups,
     shared: sharedOf(keys),
     args: [boxesOf("q", d, half, rows), boxesOf("k", d, half, keys), boxesOf("v", d, half, keys), "o", "lse", ...args],

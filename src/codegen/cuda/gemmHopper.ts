@@ -11,6 +11,7 @@ import { invariant } from "../../ops/op.ts";
 import { type GeneratedKernel, type KernelSpec, operandOf } from "../kernelSpec.ts";
 import { rowIndex, scratchStart } from "../launchArgs.ts";
 import type { MatrixProduct } from "../matmul.ts";
+import { dividedGrid } from "./dividedGrid.ts";
 import { addendsOf, moreOperands, mostTiles, sidesOf } from "./matmul.ts";
 import { clearBytes, sumParts } from "./reduce.ts";
 import { source } from "./text.ts";
@@ -65,7 +66,9 @@ export const fitsHopper = (p: MatrixProduct): boolean =>
 
 /** Returns the kernel of a product with operands of type `half`. */
 export function hopper(spec: KernelSpec, p: MatrixProduct, half: Float16, tiling: HopperTiling = hopperTiling(p)): GeneratedKernel {
-  const { tile, cluster, stages, buffers, raster, blocks, parts } = tiling;
+  const { tile, cluster, stages, buffers, raster, parts } = tiling;
+  const tilesInAll = mostTiles(sumsOf(p, parts), tile.rows, tile.columns) * parts;
+  const blocks = spec.sharesDevice ? dividedGrid(tiling.blocks, tilesInAll, MULTIPROCESSORS) : tiling.blocks;
   const splits = parts > 1;
   const n = columnsOf(tile);
   const count = n / 2;
@@ -82,7 +85,7 @@ export function hopper(spec: KernelSpec, p: MatrixProduct, half: Float16, tiling
     places: register((i) => `"+f"(sums[${i}])`, 8),
   });
   const ragged = p.ragged !== undefined;
-  const tickets = takesTickets(p, tiling);
+  const tickets = !spec.sharesDevice && takesTickets(p, tiling);
   // what is stored without a tensor map, and 16-bit sums that are read before
   const target = splits ? scratchStart : p.ragged === "rows" || (p.adds && p.c.dtype !== "f32") ? p.c.name : undefined;
   const { addends, depth } = addendsOf(p, DEPTH);
