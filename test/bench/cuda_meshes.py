@@ -1,6 +1,6 @@
-"""Ranks on a GPU host, second half: runs what test/bench/cudaHostBench.ts wrote, with the packed rankc alone: no Node, no npm, no network.
+"""Ranks on a GPU host, second half: runs what test/bench/cudaMeshesBench.ts wrote, with the packed rankc alone: no Node, no npm, no network.
 
-    python3 test/bench/cuda_host.py FOLDER --out RESULTS [--steps 1000] [--long 10000] [--rankc "node dist/cli/rankc.cjs"]
+    python3 test/bench/cuda_meshes.py FOLDER --out RESULTS [--steps 1000] [--long 10000] [--rankc "node dist/cli/rankc.cjs"]
 
 Every plan trains so many steps: its first losses must be those of transformers within 2e-4, and one GPU's. Then one rank of two is
 killed, and one is stopped, as if its host hung: the run must end within 30 s and say which. A snapshot of one mesh is gone on from with
@@ -317,7 +317,7 @@ def main():
     command_line = " ".join(["python3", *sys.argv])
     text = "\n".join([
         "# Ranks on a GPU host", "",
-        f"{datetime.date.today()}; {len(gpus)} x {gpus[0]}. `npx tsx test/bench/cudaHostBench.ts`, then `{command_line}`: {host['model']} in fp32 with the packed rankc.", "",
+        f"{datetime.date.today()}; {len(gpus)} x {gpus[0]}. `npx tsx test/bench/cudaMeshesBench.ts`, then `{command_line}`: {host['model']} in fp32 with the packed rankc.", "",
         *table, *faults, *(["", "Not as it should be:", "", *bad] if bad else []), ""])
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "host.md").write_text(text)

@@ -1,7 +1,7 @@
 /**
  * Ranks on a GPU host: plans of mixtral-tiny on one GPU and on meshes of two, rankc packed as a user packs it, and what transformers
- * found, in a folder; then test/bench/cuda_host.py on it, where the GPUs are. `--out FOLDER` (.rankc/host). `--no-pack`: no archive, for
- * cuda_host.py --rankc with a command line that is installed there.
+ * found, in a folder; then test/bench/cuda_meshes.py on it, where the GPUs are. `--out FOLDER` (.rankc/host). `--no-pack`: no archive, for
+ * cuda_meshes.py --rankc with a command line that is installed there.
  */
 import { cpSync, mkdirSync, rmSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
@@ -66,5 +66,5 @@ cpSync(fixture("corpus.txt"), join(folder, "corpus.txt"));
 cpSync(fixture(`hf/${MODEL}/model.safetensors`), join(folder, "model.safetensors"));
 writeFileSync(join(folder, "host.json"), `${JSON.stringify({ model: MODEL, losses: expectedOf(MODEL).losses, runs }, null, 1)}\n`);
 process.stdout.write(
-  `${runs.length} plans in ${folder}. Where there are two GPUs: python3 test/bench/cuda_host.py ${folder} --out RESULTS\n`,
+  `${runs.length} plans in ${folder}. Where there are two GPUs: python3 test/bench/cuda_meshes.py ${folder} --out RESULTS\n`,
 );

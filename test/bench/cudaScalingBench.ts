@@ -6,18 +6,21 @@
  *
  * Every rank has 2 x 4096 tokens a microbatch, of random ids. A mesh is compared with one GPU that does as many microbatches. The step is the
  * median of steps that are replayed as a graph; communication is that of one step whose instructions are timed. Writes FOLDER/scaling.md, the
- * profile of each mesh as a trace (FOLDER/NAME.trace.json), and FOLDER/link.json, a device profile with the measured links, which the column
+ * profile of each mesh as a trace (FOLDER/NAME.trace.json; NAME.trace.json.gz is that of rank 0, small enough to be kept), how much longer kernels
+ * take beside communication than on one GPU, and FOLDER/link.json, a device profile with the measured links, which the column
  * "estimate" uses. Exits 1 if a run fails.
  */
 import { spawn, spawnSync } from "node:child_process";
 import { appendFileSync, existsSync, mkdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { parseArgs } from "node:util";
+import { gzipSync } from "node:zlib";
 import { parse, stringify } from "yaml";
 import type { Plan } from "../../schemas/plan.ts";
 import { instructionsOf } from "../../schemas/program.ts";
 import { root } from "../support/checkout.ts";
 import { random } from "../support/opCases.ts";
+import { besideRows, besideTable, exposedTime, prunedTrace, type Slice, slicesOf } from "./traceTables.ts";
 
 const { values } = parseArgs({
   options: {
@@ -45,11 +48,12 @@ interface Mesh {
   /** The least share of linear scaling that is aimed at. */
   readonly goal?: number;
 }
-const [one, eight] = ["one GPU", "one GPU, 8 microbatches"];
+const [one, eight, bf16] = ["one GPU", "one GPU, 8 microbatches", "one GPU, gradients in bf16"];
 const data = { world: 2, distributed_optimizer: true };
 const tensor = { world: 2, tensor: 2, sequence: true };
 const pipeline = { world: 2, pipeline: 2 };
 const buckets = { gradient_bucket: 256, parameter_bucket: 256 };
+const forward = { ...data, ...buckets, parameter_gather: "forward" };
 const meshes: Readonly<Record<string, Mesh>> = {
   [one]: { parallel: { world: 1 }, batch: 2, alone: one },
   "expert 2": { parallel: { world: 2, expert: 2 }, batch: 4, alone: one },
@@ -67,9 +71,17 @@ const meshes: Readonly<Record<string, Mesh>> = {
     ...{ parallel: { ...data, ...buckets, parameter_gather: "forward", communication_sms: 16 }, batch: 4, alone: one },
   },
   "data 2, overlap, 16 multiprocessors, gathered in forward, sums in bf16": {
-    parallel: { ...data, ...buckets, parameter_gather: "forward", communication_sms: 16 },
-    train: { gradient_reduction: "bf16" },
-    ...{ batch: 4, alone: one, goal: 0.95 },
+    ...{ parallel: { ...forward, communication_sms: 16 }, train: { gradient_reduction: "bf16" }, batch: 4, alone: one, goal: 0.95 },
+  },
+  "data 2, overlap, gathered in forward, sums in bf16": {
+    ...{ parallel: forward, train: { gradient_reduction: "bf16" }, batch: 4, alone: one, goal: 0.95 },
+  },
+  [bf16]: { parallel: { world: 1 }, train: { gradients: "bf16" }, batch: 2, alone: bf16 },
+  "data 2, overlap, gathered in forward, gradients in bf16": {
+    ...{ parallel: forward, train: { gradients: "bf16" }, batch: 4, alone: bf16, goal: 0.95 },
+  },
+  "data 2, overlap, 16 multiprocessors, gathered in forward, gradients in bf16": {
+    ...{ parallel: { ...forward, communication_sms: 16 }, train: { gradients: "bf16" }, batch: 4, alone: bf16, goal: 0.95 },
   },
   "tensor 2, expert 2": { parallel: { ...tensor, expert: 2 }, micro: 4, batch: 4, alone: one, goal: 0.85 },
   [eight]: { parallel: { world: 1 }, batch: 16, alone: eight },
@@ -81,12 +93,11 @@ const meshes: Readonly<Record<string, Mesh>> = {
   "tensor 2, expert_tensor 2": { parallel: { ...tensor, expert_tensor: 2 }, micro: 4, batch: 4, alone: one, goal: 0.85 },
 };
 const chosen = Object.entries(meshes).filter(
-  ([name, { alone }]) =>
+  ([name]) =>
     values.only.length === 0 ||
     values.only.some((part) => name.includes(part)) ||
     // the mesh of one GPU that a chosen mesh is compared with
-    Object.entries(meshes).some(([other, m]) => m.alone === name && values.only.some((part) => other.includes(part))) ||
-    name === alone,
+    Object.entries(meshes).some(([other, m]) => m.alone === name && values.only.some((part) => other.includes(part))),
 );
 const fileOf = (name: string): string => join(folder, name.replaceAll(/[^a-z0-9]+/gi, "-"));
 
@@ -128,49 +139,6 @@ async function memoryDuring<T>(work: Promise<T>): Promise<{ readonly result: T; 
   return { result, mib };
 }
 
-interface Slice {
-  readonly ph: string;
-  readonly pid: number;
-  readonly tid: number;
-  readonly ts: number;
-  readonly dur: number;
-  readonly name: string;
-  readonly args?: { readonly name?: string };
-}
-
-/** Milliseconds of a trace in which any of `slices` runs, and in which one of `slices` runs and none of `others`. */
-function exposed(slices: readonly Slice[], others: readonly Slice[]): { readonly busy: number; readonly alone: number } {
-  const edges = [
-    ...slices.flatMap((s) => [
-      { at: s.ts, own: 1, other: 0 },
-      { at: s.ts + s.dur, own: -1, other: 0 },
-    ]),
-    ...others.flatMap((s) => [
-      { at: s.ts, own: 0, other: 1 },
-      { at: s.ts + s.dur, own: 0, other: -1 },
-    ]),
-  ].sort((a, b) => a.at - b.at);
-  let [own, other, before, busy, alone] = [0, 0, 0, 0, 0];
-  for (const edge of edges) {
-    if (own > 0) busy += edge.at - before;
-    if (own > 0 && other === 0) alone += edge.at - before;
-    own += edge.own;
-    other += edge.other;
-    before = edge.at;
-  }
-  return { busy: busy / 1e3, alone: alone / 1e3 };
-}
-
-/** Communication of rank 0 in a profile: milliseconds in all, and those beside which nothing is computed. */
-function communicationOf(trace: string, ids: ReadonlySet<string>): { readonly busy: number; readonly alone: number } {
-  const events: Slice[] = JSON.parse(readFileSync(trace, "utf8")).traceEvents;
-  const slices = events.filter((e) => e.ph === "X");
-  return exposed(
-    slices.filter((s) => ids.has(s.name)),
-    slices.filter((s) => !ids.has(s.name)),
-  );
-}
-
 const median = (all: readonly number[]): number => [...all].sort((a, b) => a - b)[Math.floor(all.length / 2)] ?? Number.NaN;
 const faults: string[] = [];
 
@@ -191,11 +159,16 @@ async function measure(name: string, mesh: Mesh) {
   const rows = lines.filter((line) => line.loss !== undefined);
   const plan: Plan = JSON.parse(readFileSync(join(at, "plan.json"), "utf8"));
   const seconds = median(rows.slice(4).map((r) => r.seconds));
-  const moves = plan.programs.flatMap(instructionsOf).filter((i) => i.kind !== "compute");
+  const moves = new Set(plan.programs.flatMap(instructionsOf).flatMap((i) => (i.kind === "compute" ? [] : [i.id])));
+  const trace = readFileSync(`${at}.trace.json`, "utf8");
+  writeFileSync(`${at}.trace.json.gz`, gzipSync(prunedTrace(trace), { level: 9 }));
+  const slices = slicesOf(trace);
+  const [communication, kernels] = [slices.filter((s) => moves.has(s.name)), slices.filter((s) => !moves.has(s.name))];
+  const { busy, alone } = exposedTime(communication, kernels);
   const estimated = existsSync(profile) ? await rankc(log, "inspect", at, "--time", "--device", profile, "--format", "json") : undefined;
   return {
     ...{ seconds, mib, losses: rows.map((r) => r.loss as number) },
-    ...communicationOf(`${at}.trace.json`, new Set(moves.map(({ id }) => id))),
+    ...{ busy: busy / 1e3, alone: alone / 1e3, communication, kernels },
     perGpu: (mesh.batch * base.model.seq) / seconds / plan.mesh.world,
     peak: Math.max(...plan.memory.map((m) => m.peak)) / 2 ** 20,
     estimate: estimated?.exit === 0 ? JSON.parse(estimated.out).estimate?.seconds : undefined,
@@ -249,6 +222,7 @@ const table = [
   "| mesh | ms a step | tokens/s per GPU | of linear | goal | communication, ms | exposed, ms | memory in use, MiB | plan's peak, MiB | estimate, ms |",
   "|---|---|---|---|---|---|---|---|---|---|",
 ];
+const besides: string[] = [];
 /** Writes the report of what is measured so far. */
 function report(): void {
   const text = [
@@ -256,15 +230,18 @@ function report(): void {
     "",
     `${new Date().toISOString().slice(0, 10)}; ${gpus.replaceAll("\n", "; ")}. \`npm run bench:cuda-host\`: four layers of Mixtral-8x7B's shape, bf16, AdamW, 2 x 4096 tokens a rank and microbatch.`,
     ...["", ...table, ""],
+    ...(besides.length ? ["## Kernels beside communication", "", ...besides] : []),
     ...(faults.length ? ["Failed:", "", ...faults, ""] : []),
   ].join("\n");
   writeFileSync(join(folder, "scaling.md"), text);
 }
 const speeds = new Map<string, number>();
+const kernelsOf = new Map<string, readonly Slice[]>();
 for (const [n, [name, mesh]] of chosen.entries()) {
   const got = compiled[n] ? await measure(name, mesh) : undefined;
   if (!got) continue;
   speeds.set(name, got.perGpu);
+  kernelsOf.set(name, got.kernels);
   const share = got.perGpu / (speeds.get(mesh.alone) ?? Number.NaN);
   const cells = [
     ...[name, (1e3 * got.seconds).toFixed(1), got.perGpu.toFixed(0), share.toFixed(3), mesh.goal?.toFixed(2) ?? ""],
@@ -272,6 +249,9 @@ for (const [n, [name, mesh]] of chosen.entries()) {
     got.estimate === undefined ? "" : (1e3 * got.estimate).toFixed(1),
   ];
   table.push(`| ${cells.join(" | ")} |`);
+  const ofOne = kernelsOf.get(mesh.alone);
+  if (name !== mesh.alone && ofOne)
+    besides.push(`### ${name}`, "", ...besideTable(besideRows(got.kernels, got.communication, ofOne).slice(0, 12)), "");
   console.log(table.at(-1));
   report();
 }
