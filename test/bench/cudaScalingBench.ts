@@ -12,7 +12,7 @@
  */
 import { spawn, spawnSync } from "node:child_process";
 import { appendFileSync, existsSync, mkdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
-import { join } from "node:path";
+import { join, resolve } from "node:path";
 import { parseArgs } from "node:util";
 import { gzipSync } from "node:zlib";
 import { parse, stringify } from "yaml";
@@ -31,7 +31,7 @@ const { values } = parseArgs({
     out: { type: "string", default: join(root, ".rankc/scaling") },
   },
 });
-const [folder, steps] = [values.out, Number(values.steps)];
+const [folder, steps] = [resolve(values.out), Number(values.steps)];
 /** The command line: RANKC is the command of an installed or packed one. */
 const [command = "node", ...commandArguments] = (process.env.RANKC ?? `${process.execPath} ${join(root, "dist/cli/rankc.cjs")}`).split(" ");
 const base = parse(readFileSync(values.job, "utf8"));
