@@ -44,7 +44,7 @@ export function registerInspect(program: Command): void {
       .option("--imbalance <factor>", "estimate with so many rows on the busiest expert rank, over the mean (default: 1)", factorOf)
       .option("--mesh", "all nodes and ranks, and the groups of each axis")
       .option("--memory", "the largest tensors of each stage")
-      .option("--comms", "collectives and transfers of each stage, by falling bytes")
+      .option("--comms", "collectives and transfers of each stage, by falling bytes; what hides them")
       .option("--schedule", "the order of microbatches on each stage")
       .option("--kernels", "kernels by falling work")
       .option("--top <n>", "rows of --memory, --comms and --kernels (default: 10)", atLeastOne)
@@ -108,9 +108,9 @@ async function runInspect(path: string, options: InspectArguments): Promise<void
   printReport(printOverview(plan, view, await warningsOf(plan), reportWidth()));
 }
 
-/** Returns whether the report has the time of a step: on the first screen, and with --time. The estimate takes a third of the CPU time of `inspect`. */
+/** Returns whether the report has the time of a step: on the first screen, with --time, and with --comms. The estimate takes a third of the CPU time of `inspect`. */
 const showsTime = ({ time, mesh, memory, comms, schedule, kernels }: InspectArguments): boolean =>
-  time === true || !(mesh || memory || comms || schedule || kernels);
+  time === true || comms === true || !(mesh || memory || comms || schedule || kernels);
 
 /** The default number of rows of a table. */
 const TOP = 10;
@@ -130,9 +130,12 @@ async function sectionsOf(plan: Plan, view: Inspection, options: InspectArgument
     if (options.comms) {
       const stages = view.roles.map((role) => {
         const { stage, collectives, transfers } = role;
-        return { stage, axes: trafficOf(role), collectives, transfers };
+        const classes = view.estimate?.stages.find((timed) => timed.stage === stage)?.classes;
+        return { stage, axes: trafficOf(role), collectives, transfers, ...(classes && { classes }) };
       });
-      sections.push({ key: "communication", value: stages, lines: printCommunication(view, top, width) });
+      const { printHidden } = await import("../report/estimateView.ts");
+      const lines = [...printCommunication(view, top, width), ...printHidden(view.estimate, width)];
+      sections.push({ key: "communication", value: stages, lines });
     }
     if (options.schedule) sections.push({ key: "schedule", value: view.schedule, lines: printScheduleSection(plan, view, width) });
     if (options.kernels) sections.push({ key: "kernels", value: kernelWork(plan).slice(0, top), lines: printKernels(plan, top, width) });

@@ -19,6 +19,9 @@ export const memoryTitles: Readonly<Record<(typeof memoryParts)[number], string>
 export function PlanSummary() {
   const { inspection } = plan.value.view;
   const { derived, device, roles, digest, rankc, target, estimate: time } = inspection;
+  const classes = time?.stages.find((own) => own.stage === time.busiest)?.classes ?? [];
+  const communication = classes.reduce((sum, { total }) => sum + total, 0);
+  const exposed = classes.reduce((sum, own) => sum + own.exposed, 0);
   const flops = largest(roles, (role) => role.flops.per_step);
   return (
     <>
@@ -33,6 +36,7 @@ export function PlanSummary() {
           ["tokens a step", countText(derived.tokens_per_step)],
           time ? ["estimated step", `${timeText(time.seconds)} (${time.profile.name})`] : undefined,
           time ? ["of the peak", `${(100 * time.of_peak).toFixed(0)} % model flops`] : undefined,
+          communication > 0 ? ["communication", `${timeText(exposed)} exposed of ${timeText(communication)}`] : undefined,
           derived.local_experts > 0 ? ["experts on a rank", countText(derived.local_experts)] : undefined,
           ["flops of the busiest rank", `${flopsText(flops)} a step`],
           ["kernels", countText(inspection.kernels)],

@@ -13,7 +13,7 @@ import { memoryKinds } from "../analysis/memoryBreakdown.ts";
 import { bytesText } from "../units.ts";
 import { type Consequence, consequencesOf } from "./consequences.ts";
 import type { DiffLevel } from "./diffLevels.ts";
-import { namedParts } from "./estimateView.ts";
+import { classText, namedParts } from "./estimateView.ts";
 import { type Inspection, inspectPlan, type RoleView } from "./inspect.ts";
 import { trafficOf } from "./overview.ts";
 import { type PlacementChange, placementChanges } from "./placementChanges.ts";
@@ -155,11 +155,17 @@ function summaryChanges(a: Inspection, b: Inspection): SummaryChange[] {
   return [...found.values()];
 }
 
-/** Where the time of a stage goes. */
+/** Where the time of a stage goes, and the communication that is hidden. */
 function timeFacts({ estimate }: Inspection, stage: number): Facts {
   const own = estimate?.stages.find((s) => s.stage === stage);
   if (!own) return new Map();
-  return new Map(namedParts(own).map(({ name, seconds }) => [`time: ${name}`, { unit: "seconds" as const, value: seconds }]));
+  const facts = [
+    ...namedParts(own).map(({ name, seconds }) => [`time: ${name}`, seconds] as const),
+    ...own.classes
+      .filter(({ total, exposed }) => total - exposed > 1e-9 * total)
+      .map((c) => [`hidden: ${classText(c)}`, c.total - c.exposed] as const),
+  ];
+  return new Map(facts.map(([what, value]) => [what, { unit: "seconds" as const, value }]));
 }
 
 /** A stage that one plan lacks has zeros there. */

@@ -145,7 +145,7 @@ function axesTable(view: EstimateView, width: number): string[] {
   return [bold(`communication${where}`), ...fitTable(columns, rows, { width })];
 }
 
-/** Collectives of one name, axes and stream: what they send, how long that takes, and what of it is not hidden under kernels. */
+/** Formats collectives of one name, axes and stream: what they send, how long that takes, and what of it is not hidden under kernels. */
 function classTable(view: EstimateView, width: number): string[] {
   const busiest = view.stages.find(({ stage }) => stage === view.busiest);
   if (!busiest || busiest.classes.length === 0) return [];
@@ -163,4 +163,38 @@ function classTable(view: EstimateView, width: number): string[] {
     ...[secondsText(total - exposed > 1e-9 * total ? total - exposed : 0), secondsText(exposed)],
   ]);
   return [bold("collectives of a step, hidden under kernels and exposed"), ...fitTable(columns, rows, { width })];
+}
+
+/** Names a class of communication. */
+export const classText = ({ name, axes, stream }: Pick<ClassTime, "name" | "axes" | "stream">): string =>
+  `${name} ${axes}${stream ? `, stream ${stream}` : ""}`;
+
+/** How many activities a line names. */
+const NAMED = 4;
+
+/** Returns what the compute stream does while communication runs: the longest activities, and the sum of the others. */
+function underText(under: ClassTime["under"]): string {
+  const all = Object.entries(under);
+  const [named, others] = [all.slice(0, NAMED), all.slice(NAMED)];
+  const rest = others.reduce((sum, [, seconds]) => sum + seconds, 0);
+  return [
+    ...named.map(([activity, seconds]) => `${activity} ${secondsText(seconds)}`),
+    ...(others.length > 0 ? [`${countText(others.length)} more ${secondsText(rest)}`] : []),
+  ].join(", ");
+}
+
+/** Formats the communication of the stage that waits least by class, and under what each is hidden; none without an estimate. */
+export function printHidden(view: EstimateView | undefined, width: number): string[] {
+  const busiest = view?.stages.find(({ stage }) => stage === view.busiest);
+  if (!view || !busiest || busiest.classes.length === 0) return [];
+  const hidden = busiest.classes.filter(({ under }) => Object.keys(under).length > 0);
+  const lines = hidden.map((own) => `  ${classText(own)}: ${underText(own.under)}`);
+  const where = view.stages.length > 1 ? ` on stage ${view.busiest}, which waits least` : "";
+  return [
+    ...classTable(view, width),
+    "",
+    bold(`what runs on the compute stream meanwhile${where}`),
+    ...(lines.length > 0 ? fitLines(lines, width) : ["  nothing: all communication is exposed"]),
+    "",
+  ];
 }

@@ -20,7 +20,7 @@ import { type BlockPhase, phases } from "./programText.ts";
 import { drawSchedule, type SchedulePicture } from "./schedulePicture.ts";
 
 /** The version of the JSON that `inspect` prints. */
-export const INSPECT_VERSION = "1.1";
+export const INSPECT_VERSION = "1.2";
 
 /** One axis of the mesh. */
 export interface AxisView {

@@ -5,8 +5,8 @@
 import type { DeviceProfile } from "../../schemas/deviceProfile.ts";
 import { deviceOf } from "../../schemas/devices.ts";
 import type { Job } from "../../schemas/job.ts";
-import type { TimeParts } from "../analysis/estimate/blockRun.ts";
 import { estimate } from "../analysis/estimate/estimate.ts";
+import type { TimeParts } from "../analysis/estimate/timeParts.ts";
 import { cpu, type Target } from "../codegen/targets.ts";
 import { compile } from "../compile.ts";
 import { peakOf } from "../rules/all.ts";

@@ -1,13 +1,15 @@
 /** Times in reports: `inspect`, `--why`, `--picture`, `diff` and traces; a calibration reproduces the machine that it measured. */
-import { mkdtempSync, readFileSync, rmSync } from "node:fs";
+import { mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterAll, expect, test } from "vitest";
+import { stringify } from "yaml";
 import { calibrated } from "../../src/analysis/estimate/calibrate.ts";
-import { estimate } from "../../src/analysis/estimate/estimate.ts";
+import { type ClassTime, estimate } from "../../src/analysis/estimate/estimate.ts";
 import { packageProfile, parseProfile } from "../../src/analysis/estimate/profiles.ts";
 import { timingsOf } from "../../src/analysis/estimate/timings.ts";
 import { runCommandLine } from "../../src/cli/commandLine.ts";
+import { loadTarget } from "../../src/codegen/targets.ts";
 import { compile } from "../../src/compile.ts";
 import { diffPlans } from "../../src/report/diff.ts";
 import { printDiff } from "../../src/report/diffText.ts";
@@ -36,6 +38,14 @@ const planOf = (parallel: object) =>
       cluster: { device: "h100-80gb" },
     }),
   ).plan;
+const overlapped = {
+  name: "overlapped",
+  model: { layers: 2, hidden: 256, ffn: 512, heads: 8, vocab: 512, seq: 256 },
+  parallel: { world: 4, distributed_optimizer: true, gradient_bucket: 1, parameter_bucket: 1 },
+  train: { micro_batch: 1, global_batch: 4, steps: 1, precision: "bf16", optimizer: { lr: 1e-3 } },
+  data: { path: "corpus.txt" },
+  cluster: { device: "h100-80gb" },
+};
 const staged = planOf({ pipeline: 2, expert: 4 });
 const flat = planOf({ expert: 8 });
 const { seconds, simulation, stages } = estimate(staged, { profile });
@@ -48,6 +58,32 @@ test("the first screen has the time of a step, what it is made of, and still 40 
   expect(lines.length).toBeLessThanOrEqual(40);
   expect(lines.join("\n")).toContain(`time      ${secondsText(seconds)} a step (`);
   expect(lines.join("\n")).toMatch(/waits for ep \d+\.\d %/);
+});
+
+test("inspect --comms prints under what each class of communication is hidden, and its JSON has the seconds of all", async () => {
+  const path = join(folder, "overlapped.yaml");
+  writeFileSync(path, stringify(overlapped));
+  const [text, json] = await Promise.all([rankc("inspect", path, "--comms"), rankc("inspect", path, "--comms", "--format", "json")]);
+  const [stage] = JSON.parse(json.out).communication;
+  const { plan } = compile(jobOf(overlapped), { target: await loadTarget("cuda:sm_90a") });
+  expect(stage.classes).toEqual(inspectPlan(plan, { profile }).estimate!.stages[0]!.classes);
+  const buckets: ClassTime = stage.classes.find(({ stream }: ClassTime) => stream === "gradients");
+  const [longest] = Object.entries(buckets.under);
+  expect(text.out).toContain(`${buckets.name} ${buckets.axes}, stream gradients: ${longest![0]} ${secondsText(longest![1])}`);
+  // a device without a profile has no seconds
+  const none = await rankc("inspect", path, "--comms", "--set", "cluster.device=cpu");
+  expect(none).toMatchObject({ exit: 0 });
+  expect(none.out).not.toContain("meanwhile");
+});
+
+test("diff lists hidden communication that changed", () => {
+  const plans = [{}, { gradient_bucket: "none" }].map(
+    (more) => compile(jobOf({ ...overlapped, parallel: { ...overlapped.parallel, ...more } })).plan,
+  );
+  const { summary } = diffPlans(plans[0]!, plans[1]!, { hasProgram: false, profileOf: () => profile });
+  const hidden = summary.find(({ what }) => what.startsWith("hidden: reduce_scatter") && what.endsWith("stream gradients"));
+  expect(hidden).toMatchObject({ unit: "seconds", new: 0 });
+  expect(hidden!.old).toBeGreaterThan(0);
 });
 
 test("diff says what a change costs in seconds, before bytes and flops", () => {

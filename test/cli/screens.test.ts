@@ -9,7 +9,7 @@ import { readJob } from "../../src/frontend/readJobNow.ts";
 import { diffPlans } from "../../src/report/diff.ts";
 import { diffMarkdown } from "../../src/report/diffMarkdown.ts";
 import { printDiff, printStat } from "../../src/report/diffText.ts";
-import { type EstimateView, printTimeSection } from "../../src/report/estimateView.ts";
+import { type EstimateView, printHidden, printTimeSection } from "../../src/report/estimateView.ts";
 import { findId } from "../../src/report/findId.ts";
 import { inspectPlan } from "../../src/report/inspect.ts";
 import { inspectRank, printRank } from "../../src/report/inspectRank.ts";
@@ -37,6 +37,7 @@ const whyOf = (plan: Plan, id: string, width: number): string[] => {
 };
 
 /** An estimate whose figures no law of the estimate moves. */
+const hiddenUnder = { grouped_wgrad: 0.004, grouped_dgrad_pair: 0.003, attention_grad: 0.002, "waits for ep": 0.001 };
 const times: EstimateView = {
   ...{ profile: { name: "h100-80gb", device: "h100-80gb", stack: "rankc" }, seconds: 87.7, range: [70.9, 104], busiest: 1, bubble: 0.1 },
   ...{
@@ -53,15 +54,23 @@ const times: EstimateView = {
       { axes: "tp*dp", total: 0.0277, exposed: 0.0233 },
     ],
     classes: [
-      { name: "dispatch", axes: "ep", stream: undefined, bytes: 1.06e12, total: 37.6, exposed: 37.6 - 5.7e-13 },
-      { name: "reduce_scatter", axes: "tp*dp", stream: "gradients", bytes: 5.4e8, total: 0.0139, exposed: 0.0039 },
+      {
+        name: "dispatch",
+        axes: "ep",
+        stream: undefined,
+        bytes: 1.06e12,
+        total: 37.6,
+        exposed: 37.6 - 5.7e-13,
+        under: { grouped_gemm: 5.7e-13 },
+      },
+      { name: "reduce_scatter", axes: "tp*dp", stream: "gradients", bytes: 5.4e8, total: 0.0139, exposed: 0.0039, under: hiddenUnder },
     ] as EstimateView["stages"][number]["classes"],
   })),
 };
 
 /** The screens of one small job: what `inspect` prints about a rank, ids and times, and `diff` on each level. */
 const screens = (width: number): Readonly<Record<string, readonly string[]>> => ({
-  time: printTimeSection(times, width),
+  time: [...printTimeSection(times, width), ...printHidden(times, width)],
   rank: printRank(staged(), inspectRank(staged(), 3), width),
   ids: [
     ...["layers.1.moe.w1", "layers.0.w1", "layers.0.moe.permute"].flatMap((id) => printInstructions(findId(experts(), id), width)),

@@ -2,13 +2,13 @@
 import fc from "fast-check";
 import { expect, test } from "vitest";
 import type { DeviceProfile } from "../../schemas/deviceProfile.ts";
-import type { Plan } from "../../schemas/plan.ts";
-import { sumOfParts } from "../../src/analysis/estimate/blockRun.ts";
+import type { Instruction, Plan } from "../../schemas/plan.ts";
 import { type Estimate, estimate } from "../../src/analysis/estimate/estimate.ts";
 import { packageProfile } from "../../src/analysis/estimate/profiles.ts";
 import { type SimulatedStage, simulate } from "../../src/analysis/estimate/simulate.ts";
 import { StageClock } from "../../src/analysis/estimate/stageClock.ts";
 import { blockTimer, type TimedBlock } from "../../src/analysis/estimate/timedBlocks.ts";
+import { PartSums, sumOfParts } from "../../src/analysis/estimate/timeParts.ts";
 import { compile } from "../../src/compile.ts";
 import { jobOf } from "../support/job.ts";
 import { once } from "../support/tiers.ts";
@@ -52,6 +52,37 @@ test("the parts of every stage add up to the step", () => {
       expect(parts.bubble).toBeGreaterThanOrEqual(-1e-12);
     }
   }
+});
+
+test("of every class of communication, hidden and exposed seconds add up to its time, and the exposed ones to the waits of the stage", () => {
+  const forward = planOf({ world: 8, expert: 4, distributed_optimizer: true, ...buckets, parameter_gather: "forward" });
+  for (const plan of [...plans(), forward])
+    for (const imbalance of [1, 1.5])
+      for (const { classes, parts, communication } of estimate(plan, { profile: h100, imbalance }).stages) {
+        expect(classes.length).toBeGreaterThan(0);
+        for (const { total, exposed, under } of classes) {
+          near(exposed + Object.values(under).reduce((a, b) => a + b, 0), total);
+          for (const seconds of [exposed, ...Object.values(under)]) expect(seconds).toBeGreaterThanOrEqual(0);
+        }
+        const sum = (seconds: Iterable<number>): number => [...seconds].reduce((a, b) => a + b, 0);
+        near(sum(classes.map(({ exposed }) => exposed)), sum(parts.exposed.values()));
+        near(sum(communication.map(({ total }) => total)), sum(classes.map(({ total }) => total)));
+      }
+});
+
+test("buckets of gradients are hidden under what backward computes, those of parameters under the optimizer", () => {
+  const [stage] = estimate(plans()[4]!, { profile: h100 }).stages;
+  const under = (stream: string): string[] =>
+    stage!.classes
+      .filter((c) => c.stream === stream)
+      .flatMap((c) => Object.keys(c.under).filter((activity) => !activity.startsWith("waits")));
+  const [program] = plans()[4]!.programs;
+  const opsOf = (block: readonly Instruction[]): string[] => block.flatMap((i) => (i.kind === "compute" ? [i.op] : []));
+  const ofStep = opsOf(program!.step);
+  expect(under("gradients").some((op) => op.includes("wgrad"))).toBe(true);
+  expect([...opsOf(program!.chunks[0]!.backward), ...ofStep]).toEqual(expect.arrayContaining(under("gradients")));
+  expect(under("parameters").length).toBeGreaterThan(0);
+  expect(ofStep).toEqual(expect.arrayContaining(under("parameters")));
 });
 
 /** Busy seconds of each stream of a stage, messages apart: of these one may wait for its peer while it is under way. */
@@ -162,16 +193,44 @@ test("slower experts lengthen the step, and nothing else than rows of experts do
 
 test("an asynchronous collective runs until an instruction waits for it by its id; other communication until a kernel touches its bytes", () => {
   const bytes = { reads: [], writes: [[0, 8] as const] };
-  const kernel = { reads: [[0, 8] as const], writes: [] };
-  const work = { ...bytes, axes: "dp", start: 0, end: 5, late: 0 };
-  const inOrder = new StageClock(0, 0, [{ ...work, stream: "comm" }]);
-  expect(inOrder.run(kernel, 1)).toMatchObject({ start: 5, end: 6, exposed: 5, axes: "dp" });
-  const beside = new StageClock(0, 0, [{ ...work, stream: "gradients", id: "a" }]);
-  expect(beside.run(kernel, 1)).toMatchObject({ start: 0, end: 1, exposed: 0 });
-  expect(beside.readyAt(kernel, "comm")).toBe(1);
-  expect(beside.await("a")).toMatchObject({ exposed: 4, axes: "dp" });
-  expect(beside.await("a")).toMatchObject({ exposed: 0 });
-  expect(beside.compute).toBe(5);
+  const gemm = plans()[0]!.programs[0]!.step.find((i) => i.kind === "compute")!;
+  const kernel = { instruction: gemm, seconds: 1, source: "law" as const, stream: "compute", reads: [[0, 8] as const], writes: [] };
+  const communication = { name: "reduce_scatter", axes: "dp" };
+  const work = { ...bytes, communication, axes: "dp", start: 0, end: 5, late: 0 };
+  const clockWith = (more: object) => {
+    const parts = new PartSums();
+    return { parts, clock: new StageClock(0, parts, 0, [{ ...work, stream: "comm", ...more }]) };
+  };
+  const inOrder = clockWith({});
+  expect(inOrder.clock.run(kernel)).toEqual([5, 6]);
+  expect(inOrder.parts.exposed.get("dp")).toBe(5);
+  expect(inOrder.parts.hiddenUnder.size).toBe(0);
+  const beside = clockWith({ stream: "gradients", id: "a" });
+  expect(beside.clock.run(kernel)).toEqual([0, 1]);
+  expect(beside.clock.readyAt(kernel, "comm")).toBe(1);
+  for (let again = 0; again < 2; again++) beside.clock.await("a");
+  expect(beside.clock.compute).toBe(5);
+  expect(beside.parts.exposedBy.get(communication)).toBe(4);
+  expect([...beside.parts.hiddenUnder.get(communication)!]).toEqual([[gemm.op, 1]]);
+});
+
+test("what waits in a queue is charged while it runs: each collective of a stream for its own time, and other stages for what they are late", () => {
+  const [first, second, world] = ["all_gather", "reduce_scatter", "all_reduce"].map((name) => ({ name, axes: name }));
+  const parts = new PartSums();
+  const none = { reads: [], writes: [] };
+  const clock = new StageClock(0, parts, 0, [
+    { ...none, communication: first!, axes: "a", stream: "s", id: "1", start: 0, end: 2, late: 0 },
+    { ...none, communication: second!, axes: "b", stream: "s", id: "2", start: 2, end: 5, late: 0 },
+    { ...none, communication: world!, axes: "c", stream: "t", start: 4, end: 9, late: 3 },
+  ]);
+  clock.await("2");
+  expect([...parts.exposedBy]).toEqual([
+    [first, 2],
+    [second, 3],
+  ]);
+  clock.join();
+  expect([parts.exposedBy.get(world!), parts.bubble, clock.compute]).toEqual([2, 2, 9]);
+  expect(parts.hiddenUnder.size).toBe(0);
 });
 
 test("asynchronous collectives take as many times longer beside kernels as the profile says; those in order do not", () => {

@@ -2,10 +2,10 @@
 import type { DeviceProfile } from "../../../schemas/deviceProfile.ts";
 import type { Plan } from "../../../schemas/plan.ts";
 import { modelFlops } from "../modelFlops.ts";
-import { sumOfParts, type TimeParts } from "./blockRun.ts";
 import { hardwareOf, type TimeSource, timeSources } from "./kernelTime.ts";
 import { type SimulatedStage, type Simulation, simulate } from "./simulate.ts";
 import type { Assumptions, CommunicationClass } from "./timedBlocks.ts";
+import { sumOfParts, type TimeParts } from "./timeParts.ts";
 
 /** Options of an estimate. */
 export interface EstimateOptions {
@@ -19,7 +19,7 @@ export interface EstimateOptions {
 /** Communication of a rank over some axes in a step, in seconds. */
 export interface AxisTime {
   readonly axes: string;
-  /** Of all collectives and transfers. */
+  /** Of all collectives, and of the transfers that a rank receives. */
   readonly total: number;
   /** Where the compute stream waits for them. */
   readonly exposed: number;
@@ -27,12 +27,14 @@ export interface AxisTime {
 
 /** Communication of a rank of one class in a step. */
 export interface ClassTime extends CommunicationClass {
-  /** Bytes that a rank sends. */
+  /** Bytes that a rank sends; of transfers, that it receives. */
   readonly bytes: number;
-  /** Seconds of all of it. */
+  /** Seconds of all of it: `exposed`, and those of `under`. */
   readonly total: number;
-  /** Seconds in which the compute stream waits for it; the rest is hidden under kernels. */
+  /** Seconds in which the compute stream waits for it. */
   readonly exposed: number;
+  /** The other seconds, by what the compute stream does in them: the op of its kernel, or what else it waits for; the longest first. */
+  readonly under: Readonly<Record<string, number>>;
 }
 
 /** The time of a step on one stage. The parts add up to the seconds of the step. */
@@ -98,7 +100,7 @@ function communicationOf({ runs, step, parts }: SimulatedStage): AxisTime[] {
   const total = new Map<string, number>();
   const add = (block: SimulatedStage["step"], times: number): void => {
     for (const { axes, seconds, instruction } of block.instructions)
-      if (axes !== undefined && instruction.kind !== "recv") total.set(axes, (total.get(axes) ?? 0) + seconds * times);
+      if (axes !== undefined && instruction.kind !== "send") total.set(axes, (total.get(axes) ?? 0) + seconds * times);
   };
   for (const [block, times] of countsOf({ runs, step })) add(block, times);
   const axes = [...new Set([...total.keys(), ...parts.exposed.keys()])];
@@ -113,7 +115,7 @@ function classesOf({ runs, step, parts }: SimulatedStage): ClassTime[] {
   const sums = new Map<CommunicationClass, { bytes: number; total: number }>();
   for (const [block, times] of countsOf({ runs, step }))
     for (const { communication, seconds, instruction } of block.instructions) {
-      if (!communication || instruction.kind === "recv" || instruction.kind === "compute") continue;
+      if (!communication || instruction.kind === "send" || instruction.kind === "compute") continue;
       const sum = sums.get(communication) ?? { bytes: 0, total: 0 };
       sums.set(communication, sum);
       sum.bytes += instruction.bytes * times;
@@ -121,7 +123,10 @@ function classesOf({ runs, step, parts }: SimulatedStage): ClassTime[] {
     }
   for (const own of parts.exposedBy.keys()) if (!sums.has(own)) sums.set(own, { bytes: 0, total: 0 });
   return [...sums]
-    .map(([own, sum]) => ({ ...own, ...sum, exposed: parts.exposedBy.get(own) ?? 0 }))
+    .map(([own, sum]) => ({
+      ...{ ...own, ...sum, exposed: parts.exposedBy.get(own) ?? 0 },
+      under: Object.fromEntries([...(parts.hiddenUnder.get(own) ?? [])].sort(([, a], [, b]) => b - a)),
+    }))
     .filter(({ total, exposed }) => total > 0 || exposed > 0)
     .sort((a, b) => b.exposed - a.exposed || b.total - a.total);
 }

@@ -7,9 +7,10 @@ import { itemOf } from "../../../schemas/lookup.ts";
 import type { BlockRun, Plan } from "../../../schemas/plan.ts";
 import { invariant } from "../../ops/op.ts";
 import { stagesOf } from "../stages.ts";
-import { awaitCollectives, type BlockRunTimes, PartSums, runBlock, runInstruction, type TimeParts } from "./blockRun.ts";
+import { awaitCollectives, type BlockRunTimes, runBlock, runInstruction } from "./blockRun.ts";
 import { type PendingWork, StageClock } from "./stageClock.ts";
 import { blockTimer, type CommunicationClass, type TimedBlock, type TimedInstruction, type TimingOptions } from "./timedBlocks.ts";
+import { activities, PartSums, type TimeParts } from "./timeParts.ts";
 
 /** A block run with its times in seconds from the begin of the step. */
 export interface SimulatedRun {
@@ -98,8 +99,8 @@ class StageRun {
     if (this.runs.length === this.#order.length && !this.step) {
       const block = this.#blocks.find(({ kind }) => kind === "step");
       invariant(block !== undefined, () => `stage ${this.stage} has no step block`);
-      const clock = new StageClock(this.#options.profile.overlap.slowdown, this.#clock, this.#pending);
-      this.step = new StepRun(this.stage, block, clock, this.parts, this.#mail);
+      const clock = new StageClock(this.#options.profile.overlap.slowdown, this.parts, this.#clock, this.#pending);
+      this.step = new StepRun(this.stage, block, clock, this.#mail);
       return true;
     }
     return this.runs.length > before;
@@ -117,7 +118,7 @@ class StageRun {
       return true;
     }
     const times = this.#replay(block);
-    let [transfer, idle] = [0, 0];
+    let [transfer, idle, travelling] = [0, 0, 0];
     const received = new Map<string, number>();
     for (const { kind, peer, channel, ready, seconds } of times.messages) {
       if (kind !== "recv") continue;
@@ -130,6 +131,7 @@ class StageRun {
       const leaves = this.#options.profile.overlap.prefetches_transfers ? message.ready : Math.max(message.ready, posted);
       const wait = Math.max(0, leaves + seconds - posted);
       const ofPeer = Math.min(wait, Math.max(0, message.ready - posted));
+      travelling += seconds;
       // several messages of one block travel at once: the last decides
       if (wait > transfer + idle) [idle, transfer] = [ofPeer, wait - ofPeer];
     }
@@ -139,7 +141,9 @@ class StageRun {
       else this.#mail.send(this.stage, peer, channel, { ready: start + ready, seconds });
     const end = start + times.seconds;
     this.parts.addAll(times.parts);
-    this.parts.addExposed("pp", transfer, times.messages.length > 0 ? transfersOf(block) : undefined);
+    const transfers = transfersOf(block);
+    this.parts.addExposed("pp", transfer, transfers);
+    if (transfers) this.parts.addHidden(transfers, activities.earlierBlocks, travelling - transfer);
     this.parts.bubble += idle;
     this.runs.push({ run, start, end, block, times });
     this.#pending = times.tail.map((p) => ({ ...p, start: p.start + start, end: p.end + start }));
@@ -173,13 +177,12 @@ class StepRun {
   readonly block: TimedBlock;
   readonly times: Float64Array;
   readonly clock: StageClock;
-  readonly parts: PartSums;
   readonly #stage: number;
   readonly #mail: Mail;
   #next = 0;
 
-  constructor(stage: number, block: TimedBlock, clock: StageClock, parts: PartSums, mail: Mail) {
-    [this.#stage, this.block, this.clock, this.parts, this.#mail] = [stage, block, clock, parts, mail];
+  constructor(stage: number, block: TimedBlock, clock: StageClock, mail: Mail) {
+    [this.#stage, this.block, this.clock, this.#mail] = [stage, block, clock, mail];
     this.times = new Float64Array(2 * block.instructions.length);
   }
 
@@ -198,13 +201,13 @@ class StepRun {
   advance(): boolean {
     const before = this.#next;
     for (let i = this.block.instructions[this.#next]; i; i = this.block.instructions[this.#next]) {
-      awaitCollectives(this.clock, i, this.parts);
+      awaitCollectives(this.clock, i);
       if (this.meeting) break;
       if (i.instruction.kind === "recv") {
         if (!this.#receive(i)) break;
       } else
         this.#done(
-          runInstruction(this.clock, i, this.parts, ({ peer, channel, ready, seconds }) =>
+          runInstruction(this.clock, i, ({ peer, channel, ready, seconds }) =>
             this.#mail.send(this.#stage, peer, channel, { ready, seconds }),
           ),
         );
@@ -263,9 +266,7 @@ export function simulate(plan: Plan, options: TimingOptions, timer = blockTimer(
   }
   const steps = all.map(({ step, stage }) => {
     invariant(step?.isOver === true, () => `stage ${stage} waits for ever in the estimate`);
-    const { exposed, axes, communication, idle } = step.clock.join();
-    step.parts.addExposed(axes, exposed, communication);
-    step.parts.bubble += idle;
+    step.clock.join();
     return step;
   });
   const seconds = Math.max(...steps.map(({ clock }) => clock.compute));

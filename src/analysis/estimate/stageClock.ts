@@ -4,6 +4,7 @@
  * collectives run until an instruction waits for them by their ids, as the plan states.
  */
 import type { CommunicationClass, MemorySpan, TimedInstruction } from "./timedBlocks.ts";
+import { activities, type PartSums } from "./timeParts.ts";
 
 type Touch = Pick<TimedInstruction, "reads" | "writes">;
 
@@ -20,36 +21,23 @@ export interface PendingWork extends Touch {
   readonly late: number;
 }
 
-/** What the compute stream waited for. */
-export interface ClockWait {
-  /** Seconds in which the compute stream waited for communication over `axes`, or for other stages. */
-  readonly exposed: number;
-  readonly axes: string;
-  readonly communication?: CommunicationClass;
-  readonly idle: number;
-}
-
 const meets = (a: readonly MemorySpan[], b: readonly MemorySpan[]): boolean =>
   a.some(([from, to]) => b.some((other) => other[0] < to && from < other[1]));
 const conflicts = (a: Touch, b: Touch): boolean => meets(a.writes, b.reads) || meets(a.reads, b.writes);
-
-/** When a kernel ran, and what it waited for before. */
-interface RunTime extends ClockWait {
-  readonly start: number;
-  readonly end: number;
-}
 
 /** The clocks of one stage. */
 export class StageClock {
   /** When the compute stream is free. */
   compute: number;
   readonly #slowdown: number;
+  readonly #parts: PartSums;
   readonly #streams = new Map<string, number>();
   #pending: PendingWork[];
 
-  /** `slowdown`: the share of its rate that a kernel loses while communication runs. */
-  constructor(slowdown: number, start = 0, pending: readonly PendingWork[] = []) {
+  /** `slowdown`: the share of its rate that a kernel loses while communication runs. The clock adds to `parts` where the time goes. */
+  constructor(slowdown: number, parts: PartSums, start = 0, pending: readonly PendingWork[] = []) {
     this.#slowdown = slowdown;
+    this.#parts = parts;
     this.compute = start;
     this.#pending = [...pending];
     for (const { stream, end } of pending) this.#streams.set(stream, Math.max(end, this.#streams.get(stream) ?? 0));
@@ -60,23 +48,31 @@ export class StageClock {
     return this.#pending.filter(({ end }) => end > this.compute);
   }
 
-  /** Runs a kernel after the communication that it conflicts with. */
-  run(touch: Touch, seconds: number): RunTime {
-    const wait = this.#wait((p) => p.id === undefined && conflicts(p, touch));
+  /** Runs a kernel after the communication that it conflicts with. Returns its start and end. */
+  run(i: TimedInstruction): readonly [number, number] {
+    this.#wait((p) => p.id === undefined && conflicts(p, i));
     const start = this.compute;
-    this.compute = this.#endOf(start, seconds);
-    return { start, end: this.compute, ...wait };
+    const end = this.#endOf(start, i.seconds);
+    this.#parts.addKernel(i.part ?? "other kernels", end - start);
+    this.#goTo(end, i.instruction.kind === "compute" ? i.instruction.op : i.instruction.kind);
+    return [start, end];
   }
 
   /** Makes the compute stream wait for an asynchronous collective, and so for those before it on its stream; none if it has ended. */
-  await(id: string): ClockWait {
+  await(id: string): void {
     const awaited = this.#pending.findLast((p) => p.id === id);
-    return this.#wait((p) => p === awaited);
+    if (awaited) this.#wait((p) => p === awaited);
   }
 
   /** Makes the compute stream wait for all communication. */
-  join(): ClockWait {
-    return this.#wait(() => true);
+  join(): void {
+    this.#wait(() => true);
+  }
+
+  /** Makes the compute stream wait for the host, which is slower. */
+  waitForHost(seconds: number): void {
+    this.#parts.launches += seconds;
+    this.#goTo(this.compute + seconds, activities.launches);
   }
 
   /** Returns when communication could begin: after all kernels so far, its stream, and work of other streams on the same bytes. */
@@ -92,17 +88,39 @@ export class StageClock {
     this.#pending.push(work);
   }
 
-  #wait(isAwaited: (p: PendingWork) => boolean): ClockWait {
+  #wait(isAwaited: (p: PendingWork) => boolean): void {
+    if (this.#pending.length === 0) return;
     let last: PendingWork | undefined;
-    if (this.#pending.length > 0) {
-      this.#pending = this.#pending.filter(({ end }) => end > this.compute);
-      for (const p of this.#pending) if (p.end > (last?.end ?? this.compute) && isAwaited(p)) last = p;
+    this.#pending = this.#pending.filter(({ end }) => end > this.compute);
+    for (const p of this.#pending) if (p.end > (last?.end ?? this.compute) && isAwaited(p)) last = p;
+    if (!last) return;
+    const { end, stream } = last;
+    while (this.compute < end) {
+      const at = this.compute;
+      const isUnderWay = (p: PendingWork): boolean => p.start + p.late <= at && p.end > at;
+      // before it began, its stream ran another one, or it waited for work of another stream on the same bytes
+      const charged =
+        this.#pending.find((p) => p.stream === stream && isUnderWay(p)) ??
+        (at < last.start ? this.#pending.find((p) => isUnderWay(p) && p.end <= end) : undefined);
+      if (charged) {
+        this.#parts.addExposed(charged.axes, charged.end - at, charged.communication);
+        this.#goTo(charged.end, activities.waitsFor(charged.axes), charged);
+        continue;
+      }
+      const begin = this.#pending.reduce((least, p) => (p.start + p.late > at ? Math.min(least, p.start + p.late) : least), end);
+      this.#parts.bubble += begin - at;
+      this.#goTo(begin, activities.otherStages);
     }
-    if (!last) return { exposed: 0, axes: "", idle: 0 };
-    const waited = last.end - this.compute;
-    const idle = Math.min(waited, last.late);
-    this.compute = last.end;
-    return { exposed: waited - idle, axes: last.axes, ...(last.communication && { communication: last.communication }), idle };
+  }
+
+  /** Sets when the compute stream is free, and counts the communication that runs until then, but for `charged`, under an activity. */
+  #goTo(time: number, activity: string, charged?: PendingWork): void {
+    const from = this.compute;
+    for (const p of this.#pending) {
+      if (p === charged || !p.communication) continue;
+      this.#parts.addHidden(p.communication, activity, Math.min(time, p.end) - Math.max(from, p.start + p.late));
+    }
+    this.compute = time;
   }
 
   /** Returns when a kernel ends that has its full rate outside of communication. */
