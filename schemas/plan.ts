@@ -80,7 +80,7 @@ const Why = z.strictObject({
 });
 
 /** The names of the streams of asynchronous collectives, by what they carry. */
-export const StreamName = z.enum(["gradients", "parameters", "experts"]);
+export const StreamName = z.enum(["gradients", "parameters", "experts", "tensor"]);
 /** A value of the schema `StreamName`. */
 export type StreamName = z.infer<typeof StreamName>;
 

@@ -91,6 +91,12 @@ export const ParallelText = z.strictObject({
     .describe(
       "what runs beside the exchanges of rows between experts. shared: the shared experts, and in backward gradients of weights; none: nothing, each exchange ends before the next instruction",
     ),
+  tensor_overlap: z
+    .enum(["none", "backward"])
+    .default("none")
+    .describe(
+      "with sequence: what runs beside the all-gathers and reduce-scatters of the tensor ranks. backward: gradients of weights beside those of backward; none: nothing",
+    ),
   communication_sms: z
     .union([count.min(1), z.literal("none")])
     .default("none")

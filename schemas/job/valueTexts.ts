@@ -71,6 +71,10 @@ export const valueTexts: Readonly<Record<string, Readonly<Record<string, string>
     none: "each exchange of rows ends before the next instruction",
     shared: "shared experts, and in backward gradients of weights, run beside the exchanges",
   },
+  "parallel.tensor_overlap": {
+    none: "each all-gather and reduce-scatter ends before the next product that needs it",
+    backward: "gradients of weights run beside the all-gathers and reduce-scatters of backward",
+  },
   "parallel.order": {
     "tp-cp-ep-dp-pp": "pipeline stages outermost: a stage has neighbouring ranks",
     "tp-cp-ep-pp-dp": "data replicas outermost: a replica has neighbouring ranks",

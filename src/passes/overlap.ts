@@ -9,17 +9,19 @@ import { overlapExperts } from "./overlap/expertOverlap.ts";
 import { bucketGradients } from "./overlap/gradientBuckets.ts";
 import { bucketParameters } from "./overlap/parameterBuckets.ts";
 import { gatherInForward } from "./overlap/parameterGather.ts";
+import { overlapTensor } from "./overlap/tensorOverlap.ts";
 import { streamsOf } from "./verifyStreams.ts";
 
 const MIB = 1 << 20;
 
 /** Returns the programs with the asynchronous collectives that the job asks for. */
 export function overlap({ parallel }: Pick<Job, "parallel">, mesh: Mesh, programs: Program[]): Program[] {
-  const { gradient_bucket, parameter_bucket, parameter_gather, expert_overlap, communication_sms } = parallel;
+  const { gradient_bucket, parameter_bucket, parameter_gather, expert_overlap, tensor_overlap, communication_sms } = parallel;
   const reserved = communication_sms === "none" ? {} : { multiprocessors: communication_sms };
-  // experts first: buckets close where gradients are complete in the order that experts leave
+  // experts first, which move more bytes; buckets last: they close where gradients are complete in the order that the others leave
   const passes: ((p: Program) => Program)[] = [
     ...(expert_overlap === "none" ? [] : [(p: Program) => overlapExperts(p, mesh)]),
+    ...(tensor_overlap === "none" ? [] : [(p: Program) => overlapTensor(p, mesh)]),
     ...(gradient_bucket === "none" ? [] : [(p: Program) => bucketGradients(p, gradient_bucket * MIB)]),
     ...(parameter_bucket === "none" || parameter_gather === "step" ? [] : [(p: Program) => gatherInForward(p, parameter_bucket * MIB)]),
     ...(parameter_bucket === "none" ? [] : [(p: Program) => bucketParameters(p, parameter_bucket * MIB)]),

@@ -5,7 +5,7 @@ import { type Rule, rule } from "./rule.ts";
 
 /** Returns how many streams of asynchronous collectives a job asks for. */
 const streamsOf = (p: Job["parallel"]): number =>
-  [p.gradient_bucket, p.parameter_bucket, p.expert_overlap].filter((key) => key !== "none").length;
+  [p.gradient_bucket, p.parameter_bucket, p.expert_overlap, p.tensor_overlap].filter((key) => key !== "none").length;
 
 /** Rules of overlap. */
 export const overlap: readonly Rule[] = [
@@ -78,6 +78,23 @@ export const overlap: readonly Rule[] = [
     bad: "parallel: {expert_overlap: shared}",
   }),
   rule({
+    code: "P136",
+    title: "tensor_overlap has no exchange between tensor ranks",
+    why: "With sequence, activations are gathered before the products of a layer and reduce-scattered after them. Without it, or with tensor 1, nothing is gathered beside which something could run.",
+    level: "warning",
+    *check({ parallel: p }) {
+      if (p.tensor_overlap === "none" || (p.sequence && p.tensor > 1)) return;
+      yield {
+        at: "parallel.tensor_overlap",
+        related: ["parallel.sequence", "parallel.tensor"],
+        found: `tensor_overlap ${p.tensor_overlap} with ${p.tensor > 1 ? "sequence false" : "tensor 1"}`,
+        fix: p.tensor > 1 ? "set sequence, or leave it out" : "leave it out",
+        tries: [...(p.tensor > 1 ? [{ "parallel.sequence": true }] : []), { "parallel.tensor_overlap": "none" }],
+      };
+    },
+    bad: "parallel: {tensor_overlap: backward}",
+  }),
+  rule({
     code: "P133",
     title: "communication_sms leaves no multiprocessor for kernels",
     why: "The collectives of each stream occupy up to communication_sms multiprocessors of the device. If all streams together take every one, kernels wait until a collective ends, and nothing runs beside it.",
@@ -101,7 +118,7 @@ export const overlap: readonly Rule[] = [
   rule({
     code: "P134",
     title: "communication_sms without asynchronous collectives",
-    why: "The limit holds for collectives that run beside kernels. Without gradient_bucket, parameter_bucket and expert_overlap each collective runs alone and may occupy the whole device.",
+    why: "The limit holds for collectives that run beside kernels. Without gradient_bucket, parameter_bucket, expert_overlap and tensor_overlap each collective runs alone and may occupy the whole device.",
     level: "warning",
     *check({ parallel: p }) {
       if (p.communication_sms === "none" || streamsOf(p) > 0) return;

@@ -93,7 +93,7 @@ parallel:
       "S013 model.activation: model.activation is the text "relu". did you mean gelu? The choices are swiglu, geglu, quick_geglu, gelu, gelu_tanh or squared_relu",
       "S013 model.qk_norm: model.qk_norm is the text "heads". did you mean head? The choices are none, head or full",
       "S013 model.moe.rows_bound: model.moe.rows_bound is the text "wors". write worst or a number, 1 or more",
-      "S012 parallel: parallel is empty. leave it out, or write a section with the keys world, tensor, sequence, pipeline, virtual_pipeline, layout, schedule, expert, expert_tensor, context, context_method, data, distributed_optimizer, optimizer_instances, gradient_bucket, parameter_bucket, parameter_gather, expert_overlap, communication_sms, order",
+      "S012 parallel: parallel is empty. leave it out, or write a section with the keys world, tensor, sequence, pipeline, virtual_pipeline, layout, schedule, expert, expert_tensor, context, context_method, data, distributed_optimizer, optimizer_instances, gradient_bucket, parameter_bucket, parameter_gather, expert_overlap, tensor_overlap, communication_sms, order",
       "S012 train.optimizer.lr: train.optimizer.lr is the text "1_000". write the number 1000, without quotes or separators",
       "S012 train.optimizer.betas: train.optimizer.betas is a list of 1. write a list of 2 numbers",
       "S013 data.order: data.order is true. write sequential or shuffled",

@@ -544,6 +544,7 @@ const anyJob = fc
       parameter_bucket: oneOf<"none" | number>("none", "none", 0.01, 0.0001),
       parameter_gather: oneOf("step", "forward"),
       expert_overlap: oneOf("none", "shared"),
+      tensor_overlap: oneOf("none", "backward"),
     }),
     gradient_reduction: oneOf("f32", "f32", "bf16"),
     recompute: oneOf<object>(
@@ -585,7 +586,7 @@ const anyJob = fc
       stages,
       odd,
       optimizer_instances,
-      overlap: { gradient_bucket, parameter_bucket, parameter_gather, expert_overlap },
+      overlap: { gradient_bucket, parameter_bucket, parameter_gather, expert_overlap, tensor_overlap },
       gradient_reduction,
       recompute,
       micro_batch,
@@ -608,7 +609,7 @@ const anyJob = fc
       const own = {
         ...(layout !== undefined && (drawn.pipeline > 1 || odd) ? { layout } : drawn.pipeline === 1 ? {} : stages),
         ...(drawn.distributed_optimizer ? { optimizer_instances, parameter_bucket, parameter_gather } : {}),
-        ...{ gradient_bucket, ...(experts ? { expert_overlap } : {}) },
+        ...{ gradient_bucket, ...(experts ? { expert_overlap } : {}), ...(drawn.sequence && drawn.tensor > 1 ? { tensor_overlap } : {}) },
         ...(gradient_bucket === "none" ? {} : { communication_sms: 8 }),
       };
       const world = drawn.tensor * drawn.pipeline * drawn.context * data;

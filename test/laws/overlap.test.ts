@@ -80,6 +80,23 @@ const cases: Readonly<Record<string, readonly [parallel: object, model?: object,
     { world: 4, pipeline: 2, virtual_pipeline: 2, distributed_optimizer: true, parameter_gather: "forward" },
     { layers: 4, tie_embeddings: true },
   ],
+  "gradients of weights beside exchanges between tensor ranks": [
+    { world: 4, tensor: 4, sequence: true, tensor_overlap: "backward" },
+    { heads: 8, kv_heads: 4 },
+    { micro_batch: 2 },
+  ],
+  "gradients of weights beside exchanges between tensor ranks, recomputed, tied, in bf16": [
+    { world: 8, tensor: 2, context: 2, sequence: true, distributed_optimizer: true, tensor_overlap: "backward" },
+    { tie_embeddings: true },
+    { precision: "bf16", recompute: { mode: "selective", modules: ["core_attn", "layernorm", "mlp"] } },
+  ],
+  "gradients of weights beside exchanges between tensor ranks and experts, chunks of a pipeline": [
+    { world: 8, tensor: 2, sequence: true, pipeline: 2, virtual_pipeline: 2, expert: 2, tensor_overlap: "backward" },
+    { layers: 4, moe },
+  ],
+  "gradients of weights beside exchanges between tensor ranks, a pipeline without bubbles": [
+    { world: 4, tensor: 2, sequence: true, pipeline: 2, schedule: "zero_bubble", tensor_overlap: "backward" },
+  ],
   "a batch that grows, muon": [
     { world: 2, distributed_optimizer: true },
     {},
@@ -89,13 +106,21 @@ const cases: Readonly<Record<string, readonly [parallel: object, model?: object,
 
 describe("numbers are those of collectives in order, bit for bit", () => {
   const all = Object.entries(cases).map(([name, c]) => ({ name, c }));
-  const inFast = ["the distributed optimizer, bf16", "tensor, sequence and expert parallel", "chunks of a pipeline, tied embeddings"];
+  const inFast = [
+    "the distributed optimizer, bf16",
+    "tensor, sequence and expert parallel",
+    "chunks of a pipeline, tied embeddings",
+    "gradients of weights beside exchanges between tensor ranks",
+  ];
   for (const { options, rows } of byTier(all, ({ name }) => inFast.includes(name)))
     test.each(rows)("$name", options, async ({ c: [parallel, model, over] }) => {
+      const { tensor_overlap: _, ...inOrder } = { tensor_overlap: "none", ...parallel };
       const options = { ...parallel, ...bucketsOf(parallel), ...(model && "moe" in model && { expert_overlap: "shared" }) };
-      const [plain, beside] = [planOf(parallel, model, over), planOf(options, model, over)];
+      const [plain, beside] = [planOf(inOrder, model, over), planOf(options, model, over)];
       const asynchronous = beside.programs.flatMap((p) => instructionsOf(p)).filter((i) => i.kind === "collective" && i.stream);
       expect(asynchronous.length).toBeGreaterThanOrEqual(2);
+      const isOfTensor = asynchronous.some((i) => i.kind === "collective" && i.stream === "tensor");
+      expect(isOfTensor, "beside tensor ranks").toBe("tensor_overlap" in parallel);
       const want = await train([openCpu(plain)], plain, undefined, 3);
       for (const [name, isHeld] of Object.entries(durations)) {
         const got = await train([openCpu(beside, { isHeld })], beside, undefined, 3);

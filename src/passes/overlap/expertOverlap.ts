@@ -22,13 +22,13 @@ export function overlapExperts(program: Program, mesh: Mesh): Program {
 }
 
 /** Per instruction of a block, the indices of those that must come before and after it. */
-interface Dependencies {
+export interface Dependencies {
   readonly before: readonly ReadonlySet<number>[];
   readonly after: readonly ReadonlySet<number>[];
 }
 
 /** Returns the dependencies of a block: reads after writes, writes after reads, and writes after writes of one buffer. */
-function dependenciesOf(block: readonly Instruction[], buffers: BufferTable): Dependencies {
+export function dependenciesOf(block: readonly Instruction[], buffers: BufferTable): Dependencies {
   const before = block.map(() => new Set<number>());
   const after = block.map(() => new Set<number>());
   const writer = new Map<string, number>();
@@ -58,7 +58,7 @@ function dependenciesOf(block: readonly Instruction[], buffers: BufferTable): De
 
 const isExchange = (i: Instruction): i is Collective => i.kind === "collective" && (i.name === "dispatch" || i.name === "combine");
 /** Returns whether an instruction computes gradients of weights and nothing else. */
-const isWeightGradient = (i: Instruction, buffers: BufferTable): boolean =>
+export const isWeightGradient = (i: Instruction, buffers: BufferTable): boolean =>
   i.kind === "compute" && ops[i.op].flops !== undefined && Object.values(i.writes).every((id) => buffers.get(id).kind === "gradient");
 
 /**

@@ -64,7 +64,7 @@ export function putParallel({ args, job }: Importing, world: World, sizes: Model
   if (isLayerwise) job.decides("use-distributed-optimizer", "parallel.distributed_optimizer");
   const instances = args.number("num-distributed-optimizer-instances");
   job.put("parallel.optimizer_instances", instances, ["num-distributed-optimizer-instances"]);
-  putOverlap({ args, job }, world.ranks / (tensor * pipeline * context), isDistributed, expert);
+  putOverlap({ args, job }, { data: world.ranks / (tensor * pipeline * context), isDistributed, expert, tensor });
   if (args.has("use-tp-pp-dp-mapping")) job.put("parallel.order", "tp-cp-ep-pp-dp", ["use-tp-pp-dp-mapping"]);
   if (world.nodes !== undefined) job.put("cluster.nodes", world.nodes, [], world.source);
   if (world.perNode !== undefined) job.put("cluster.gpus_per_node", world.perNode, [], world.source);
@@ -75,7 +75,10 @@ const MIB = 2 ** 20;
 const mebibytes = (elements: number, bytes: number): number => Math.max(1, Math.round((elements * bytes) / MIB));
 
 /** Puts what runs beside computation. Megatron counts the size of a bucket in elements, in the type in which they are sent. */
-function putOverlap({ args, job }: Importing, data: number, isDistributed: boolean, expert: number): void {
+function putOverlap(
+  { args, job }: Importing,
+  { data, isDistributed, expert, tensor }: { data: number; isDistributed: boolean; expert: number; tensor: number },
+): void {
   const given = args.numberIfGiven("ddp-bucket-size");
   const elements = given ?? Math.max(40e6, 1e6 * data);
   const remark = `${elements / 1e6} million elements${given === undefined ? ", Megatron's default" : ""}`;
@@ -91,6 +94,8 @@ function putOverlap({ args, job }: Importing, data: number, isDistributed: boole
     job.put("parallel.parameter_bucket", mebibytes(elements, bytes), ["overlap-param-gather", "ddp-bucket-size"], remark);
     job.put("parallel.parameter_gather", "forward", ["overlap-param-gather"]);
   }
+  if (args.has("tp-comm-overlap") && tensor > 1)
+    job.put("parallel.tensor_overlap", "backward", ["tp-comm-overlap"], "in forward, Megatron splits products too");
   if (expert === 1) return;
   if (args.has("moe-shared-expert-overlap")) job.put("parallel.expert_overlap", "shared", ["moe-shared-expert-overlap"]);
   else if (args.has("overlap-moe-expert-parallel-comm"))
