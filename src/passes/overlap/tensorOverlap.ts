@@ -18,14 +18,19 @@ import { type Dependencies, dependenciesOf, isWeightGradient } from "./expertOve
 export function overlapTensor(program: Program, mesh: Mesh): Program {
   const buffers = new BufferTable(program.buffers);
   const flops = (i: Instruction): number => (i.kind === "compute" ? flopsOf(ops[i.op], i, mesh, (id) => buffers.get(id)) : 0);
-  const arranged = (block: readonly Instruction[]): Instruction[] =>
-    withWaits(begun(delayWeightGradients(block, buffers, flops), buffers, flops), [], buffers);
-  const chunks = program.chunks.map((c): Chunk => ({ ...c, backward: arranged(c.backward) }));
+  const async = (block: readonly Instruction[]): Instruction[] => withWaits(begun(block, buffers, flops), [], buffers);
+  const chunks = program.chunks.map(
+    (c): Chunk => ({
+      ...c,
+      backward: async(delayWeightGradients(c.backward, buffers, flops)),
+      weights: async(gatherAhead(c.weights, buffers)),
+    }),
+  );
   return { ...program, chunks };
 }
 
 /** Returns whether an instruction is an exchange of sequence parallelism. */
-export const isTensorExchange = (i: Instruction): i is Collective =>
+const isTensorExchange = (i: Instruction): i is Collective =>
   i.kind === "collective" && i.axes === "tp" && i.stream === undefined && (i.how === "all_gather" || i.how === "reduce_scatter");
 
 type Flops = (i: Instruction) => number;
@@ -108,6 +113,22 @@ function delayWeightGradients(block: readonly Instruction[], buffers: BufferTabl
     return [...needed, i, ...delayed.share(isShared ? 0.5 : 1)];
   });
   return [...arranged, ...delayed.rest()];
+}
+
+/** Returns a block in which each exchange stands behind the one before it, as far as its operands allow: ahead of the gradients between them. */
+function gatherAhead(block: readonly Instruction[], buffers: BufferTable): Instruction[] {
+  if (!block.some(isTensorExchange)) return [...block];
+  const { before } = dependenciesOf(block, buffers);
+  const behind = new Map<number, Instruction[]>();
+  let last = -1;
+  for (const [at, i] of block.entries()) {
+    if (!isTensorExchange(i)) continue;
+    const from = Math.max(last, ...(before[at] ?? []));
+    if (from >= 0) behind.set(from, [...(behind.get(from) ?? []), i]);
+    last = at;
+  }
+  const moved = new Set([...behind.values()].flat());
+  return block.flatMap((i, at) => [...(moved.has(i) ? [] : [i]), ...(behind.get(at) ?? [])]);
 }
 
 /** Returns the instructions that compute on what an exchange brings, past the copy behind it. */
