@@ -1,7 +1,7 @@
 /** The buffers of a program by id. Code that names a buffer which does not exist gets an invariant with the id instead of undefined. */
 
 import { bytesOf } from "../../schemas/dtypes.ts";
-import type { Buffer } from "../../schemas/plan.ts";
+import type { Buffer, Program } from "../../schemas/plan.ts";
 import { elementsOf } from "../../schemas/sharding.ts";
 import { invariant } from "../ops/op.ts";
 
@@ -10,7 +10,8 @@ export class BufferTable {
   readonly #byId: Map<string, Buffer>;
 
   constructor(buffers: Iterable<Buffer> = []) {
-    this.#byId = new Map(Array.from(buffers, (b) => [b.id, b]));
+    this.#byId = new Map();
+    for (const b of buffers) this.#byId.set(b.id, b);
   }
   /** Returns a buffer. Throws an invariant if none has this id. */
   get(id: string): Buffer {
@@ -43,4 +44,13 @@ export class BufferTable {
   bytesOf(id: string): number {
     return bytesOf[this.get(id).dtype] * this.lengthOf(id);
   }
+}
+
+const tables = new WeakMap<readonly Buffer[], BufferTable>();
+
+/** Returns the buffers of a program of a plan, whose reports share one table. The passes of the compiler, which change buffers, make tables of their own. */
+export function buffersOf({ buffers }: Pick<Program, "buffers">): BufferTable {
+  const table = tables.get(buffers) ?? new BufferTable(buffers);
+  tables.set(buffers, table);
+  return table;
 }

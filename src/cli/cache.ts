@@ -8,7 +8,6 @@ import { deflateRawSync, inflateRawSync } from "node:zlib";
 import type { Job } from "../../schemas/job.ts";
 import type { AutoChoice, AutoProblem } from "../frontend/auto.ts";
 import type { KnownPeaks } from "../frontend/readJob.ts";
-import type { KnownPlans } from "../plan/read.ts";
 import { sha256 } from "../plan/seal.ts";
 import { cacheFolder } from "./cacheFolder.ts";
 
@@ -106,7 +105,7 @@ export const knownAnswers = {
 };
 
 /** Texts of plan files whose digests, schema and laws hold, by their SHA-256. */
-export const knownPlans: KnownPlans = {
-  has: (text) => cacheFolder() !== undefined && read(`plan-${sha256(text)}`) === true,
-  add: (text) => void (cacheFolder() !== undefined && write(`plan-${sha256(text)}`, true)),
+export const knownPlans = {
+  has: (text: string): boolean => cacheFolder() !== undefined && read(`plan-${sha256(text)}`) === true,
+  add: (text: string): void => void (cacheFolder() !== undefined && write(`plan-${sha256(text)}`, true)),
 };

@@ -52,7 +52,7 @@ async function measure({ plan, source, cubin }: LoadedPlan, options: CalibrateOp
     import("../version.ts"),
   ]);
   const { device } = plan.job.cluster;
-  const base = profileFor(device, options.base) ?? profileFor("h100-80gb");
+  const base = (await profileFor(device, options.base)) ?? (await profileFor("h100-80gb"));
   if (!base) throw new Trouble(`${device} has no profile`, "name one with --base");
   const started = performance.now();
   const settings = { source, ...(cubin && { cubin }), version, profile: true, graph: false };

@@ -1,4 +1,5 @@
 import { type Command, InvalidArgumentError, Option } from "commander";
+import type { Plan } from "../../schemas/plan.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import { type DiffLevel, diffLevels } from "../report/diffLevels.ts";
 import { InvalidJob, isPlanPath, type LoadedPlan, loadPlan } from "./loadPlan.ts";
@@ -43,7 +44,12 @@ export function registerDiff(program: Command, exit: ProcessExit): void {
     ]);
     const hasProgram = (options.only.length === 0 || options.only.includes("program")) && !options.ignore.includes("program");
     const { profileFor } = await import("./deviceProfile.ts");
-    const profileOf = ({ job }: typeof before.plan) => profileFor(job.cluster.device, options.device);
+    const profiles = new Map(
+      await Promise.all(
+        [before, after].map(async ({ plan }) => [plan, await profileFor(plan.job.cluster.device, options.device)] as const),
+      ),
+    );
+    const profileOf = (plan: Plan) => profiles.get(plan);
     const diff = selectDiff(diffPlans(before.plan, after.plan, { hasProgram, profileOf }), options.only, options.ignore);
     if (options.format === "json") printJson(diff);
     else if (options.format === "markdown") printStdout((await import("../report/diffMarkdown.ts")).diffMarkdown(diff));

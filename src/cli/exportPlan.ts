@@ -56,7 +56,7 @@ const formats: readonly PlanFormat[] = [
           import("../convert/plan/estimateTrace.ts"),
           import("./deviceProfile.ts"),
         ]);
-        const profile = profileFor(plan.job.cluster.device, device);
+        const profile = await profileFor(plan.job.cluster.device, device);
         if (!profile)
           throw new Trouble(
             `${plan.job.cluster.device} has no device profile, so no step can be estimated`,

@@ -61,14 +61,10 @@ function commandLine(): string {
 /** git gives the text of a plan.json, or, to compare: its path, then file, digest and mode before and after. A plan that cannot be read is a line, because git stops at an error. */
 async function drive(what: string, args: readonly string[]): Promise<void> {
   const read = async (file: string): Promise<Plan | string> => {
-    const [{ parsePlan }, { readPlanFile }, { knownPlans }] = await Promise.all([
-      import("../plan/read.ts"),
-      import("./inputFiles.ts"),
-      import("./cache.ts"),
-    ]);
+    const [{ parsePlanText }, { readPlanFile }] = await Promise.all([import("./loadPlan.ts"), import("./inputFiles.ts")]);
     if (file === "/dev/null") return "no plan";
     try {
-      return parsePlan(readPlanFile(file), basename(file), knownPlans);
+      return await parsePlanText(readPlanFile(file), basename(file));
     } catch (error) {
       if (error instanceof Trouble) return `not a plan that this rankc reads (${error.message})`;
       throw error;

@@ -82,7 +82,7 @@ async function runInspect(path: string, options: InspectArguments): Promise<void
   const namesId = options.why !== undefined || options.op !== undefined || options.rank !== undefined;
   const { plan } = await (namesId ? loadPlan : loadPlanForDevice)(path, options);
   const { profileFor } = await import("./deviceProfile.ts");
-  const profile = profileFor(plan.job.cluster.device, options.device);
+  const profile = await profileFor(plan.job.cluster.device, options.device);
   if (options.picture) {
     const { drawPlan } = await import("../report/planPicture.ts");
     writeFile(options.picture, drawPlan(plan, options.theme, profile));
@@ -180,7 +180,7 @@ async function detailsOf(plan: Plan, path: string, options: InspectArguments): P
       continue;
     }
     const { profileFor } = await import("./deviceProfile.ts");
-    const answer = explainId(plan, found, profileFor(plan.job.cluster.device, options.device));
+    const answer = explainId(plan, found, await profileFor(plan.job.cluster.device, options.device));
     const place = await keyPlace(plan, answer.key.path, { path, job, options });
     const refusals = await refusalsOf(plan.job, answer.removed_by);
     sections.push({ key, value: { ...answer, place }, lines: printWhy(answer, place, refusals, width) });

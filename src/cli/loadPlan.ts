@@ -119,23 +119,29 @@ export async function loadPlan(path: string, options: JobOptions, target?: strin
     ["-f", options.overlay],
   ] as const)
     if (given.length > 0) throw new Trouble(`${option} needs a job; ${path} is a compiled plan`, `name the job, or omit ${option}`);
-  const [{ parsePlan }, { readCubin, readKernel, readPlanFile }, { knownPlans }] = await Promise.all([
-    import("../plan/read.ts"),
-    import("./inputFiles.ts"),
-    import("./cache.ts"),
-  ]);
+  const { readCubin, readKernel, readPlanFile } = await import("./inputFiles.ts");
   if (!file) {
     const source = (): string => {
       throw new Trouble(`${path} is a plan of a revision: its kernels are not read`, "check the revision out to use its kernels");
     };
-    return { plan: parsePlan(inGit?.read() ?? "", path, knownPlans), source };
+    return { plan: await parsePlanText(inGit?.read() ?? "", path), source };
   }
-  const plan = parsePlan(readPlanFile(file), file, knownPlans);
+  const plan = await parsePlanText(readPlanFile(file), file);
   return {
     plan,
     source: (name) => readKernel(plan, dirname(file), name),
     cubin: (name) => readCubin(plan, dirname(file), name),
   };
+}
+
+/** Parses the text of a plan file. A text in which an earlier command found no fault is only parsed. Throws what `parsePlan` throws. */
+export async function parsePlanText(text: string, file: string): Promise<Plan> {
+  const { knownPlans } = await import("./cache.ts");
+  if (knownPlans.has(text)) return (await import("../plan/seal.ts")).readSealed(text);
+  // what checks a plan takes longer to load than the digest of a known one
+  const plan = (await import("../plan/read.ts")).parsePlan(text, file);
+  knownPlans.add(text);
+  return plan;
 }
 
 /** Returns the file that `git:REV:PATH` means, and its reader; undefined for other paths. Throws a Trouble if git has no such file. */

@@ -47,7 +47,7 @@ async function runSearch(path: string, options: SearchArguments): Promise<void> 
     throw new Trouble(`there is no device ${device}`, `write one of ${deviceNames.join(", ")}`);
   const { job, written, fixed: given } = await loadSearchJob(path, options);
   const { profileFor } = await import("./deviceProfile.ts");
-  const profile = profileFor(job.cluster.device, options.profile);
+  const profile = await profileFor(job.cluster.device, options.profile);
   if (!profile)
     throw new Trouble(
       `${job.cluster.device} has no device profile, so no step can be estimated`,

@@ -63,7 +63,7 @@ async function shown({ plan }: LoadedPlan, searched: Searched, device: string | 
     import("../report/view/readPlanView.ts"),
     import("./deviceProfile.ts"),
   ]);
-  const profile = profileFor(plan.job.cluster.device, device);
+  const profile = await profileFor(plan.job.cluster.device, device);
   return { plan, profile, job: await jobView(plan, decidingKeys(plan), searched), warnings: await warningsOf(plan) };
 }
 

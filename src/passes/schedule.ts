@@ -159,6 +159,8 @@ export interface Piece {
 /** Returns the duration of a block run. A backward without weight gradients takes half as long as a whole one. */
 const unitsOf = ({ kind }: BlockRun, split: boolean): number => (kind === "backward" && !split ? 2 : 1);
 
+const kindNumbers: Readonly<Record<BlockRun["kind"], number>> = { forward: 0, backward: 1, weights: 2 };
+
 /**
  * Simulates a pipeline and returns the block runs of each stage with their times. Each stage runs its order; transfers take no time. A
  * forward waits for the previous virtual stage, a backward for its forward and the next virtual stage, weight gradients for their
@@ -167,10 +169,10 @@ const unitsOf = ({ kind }: BlockRun, split: boolean): number => (kind === "backw
 export function timesOf(orders: readonly (readonly BlockRun[])[], chunks: number, lengthOf = unitsOf): Piece[][] {
   const stages = orders.length;
   const split = orders.some((order) => order.some(({ kind }) => kind === "weights"));
-  const ends = new Map<string, number>();
+  const ends = new Map<number, number>();
   const simulated = orders.map((order) => ({ order, pieces: [] as Piece[], clock: 0 }));
-  const key = (kind: BlockRun["kind"], microbatch: number, v: number): string => `${kind} ${microbatch} ${v}`;
-  const needs = ({ kind, microbatch }: BlockRun, v: number): string[] => {
+  const key = (kind: BlockRun["kind"], microbatch: number, v: number): number => (microbatch * stages * chunks + v) * 3 + kindNumbers[kind];
+  const needs = ({ kind, microbatch }: BlockRun, v: number): number[] => {
     if (kind === "forward") return v > 0 ? [key("forward", microbatch, v - 1)] : [];
     if (kind === "weights") return [key("backward", microbatch, v)];
     return [key("forward", microbatch, v), ...(v < stages * chunks - 1 ? [key("backward", microbatch, v + 1)] : [])];
@@ -180,9 +182,12 @@ export function timesOf(orders: readonly (readonly BlockRun[])[], chunks: number
     for (const [stage, own] of simulated.entries())
       for (let run = own.order[own.pieces.length]; run; run = own.order[own.pieces.length]) {
         const v = run.chunk * stages + stage;
-        const ready = needs(run, v).map((need) => ends.get(need));
-        if (ready.includes(undefined)) break;
-        const start = Math.max(own.clock, ...ready.map((end) => end ?? 0));
+        let start: number | undefined = own.clock;
+        for (const need of needs(run, v)) {
+          const end = ends.get(need);
+          start = end === undefined || start === undefined ? undefined : Math.max(start, end);
+        }
+        if (start === undefined) break;
         const end = start + lengthOf(run, split);
         own.pieces.push({ run, start, end });
         ends.set(key(run.kind, run.microbatch, v), end);

@@ -6,25 +6,12 @@ import { printable } from "../../schemas/printable.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import { BrokenInvariant } from "../ops/op.ts";
 import { canonical } from "./canonical.ts";
-import { type Digests, joined, overall, readSealed, sections, sha256 } from "./seal.ts";
+import { type Digests, joined, overall, sections, sha256 } from "./seal.ts";
 import { planValidator } from "./validator.ts";
 import { laws } from "./verifyPlan.ts";
 
-/** Plan texts without a fault, as an earlier call found. */
-export interface KnownPlans {
-  has(text: string): boolean;
-  add(text: string): void;
-}
-
-/** Parses the text of a plan file. Throws Trouble with the first fault of a damaged plan; code that gets the result does not check again. A text that `known` has is only parsed. */
-export function parsePlan(text: string, file: string, known?: KnownPlans): Plan {
-  if (known?.has(text)) return readSealed(text);
-  const plan = checkedPlan(text, file);
-  known?.add(text);
-  return plan;
-}
-
-function checkedPlan(text: string, file: string): Plan {
+/** Parses the text of a plan file. Throws Trouble with the first fault of a damaged plan; code that gets the result does not check again. */
+export function parsePlan(text: string, file: string): Plan {
   const refuse = (what: string, fix = "compile the job again"): never => {
     throw new Trouble(`${file}: ${printable(what, 600)}`, fix, 2);
   };

@@ -1,23 +1,15 @@
-/**
- * Compares two plans on four levels: job keys, placement of groups, the summary of each stage, instructions. Instructions are matched by id; a change that
- * repeats over layers and stages is reported once.
- */
+/** Compares two plans on four levels: job keys, placement of groups, the summary of each stage, instructions. */
 import { isDeepStrictEqual } from "node:util";
 import type { DeviceProfile } from "../../schemas/deviceProfile.ts";
-import type { Instruction, Plan, Program } from "../../schemas/plan.ts";
-import { blocksOf, instructionsOf } from "../../schemas/program.ts";
-import { BufferTable } from "../analysis/bufferTable.ts";
-import { anyLayerOrigin, layerOf } from "../analysis/layerNames.ts";
-import { anyLayer } from "../analysis/layerText.ts";
+import type { Plan } from "../../schemas/plan.ts";
 import { memoryKinds } from "../analysis/memoryBreakdown.ts";
-import { bytesText } from "../units.ts";
 import { type Consequence, consequencesOf } from "./consequences.ts";
 import type { DiffLevel } from "./diffLevels.ts";
 import { classText, namedParts } from "./estimateView.ts";
 import { type Inspection, inspectPlan, type RoleView } from "./inspect.ts";
 import { trafficOf } from "./overview.ts";
 import { type PlacementChange, placementChanges } from "./placementChanges.ts";
-import { type BlockPhase, phases, shapeText } from "./programText.ts";
+import { type ProgramChange, programChanges } from "./programChanges.ts";
 
 /** A key of the job with another value. */
 export interface FieldChange {
@@ -35,19 +27,6 @@ export interface SummaryChange {
   readonly unit: "bytes" | "flops" | "count" | "seconds";
   readonly old: number;
   readonly new: number;
-}
-
-/** An instruction that one plan lacks, or that differs; equal changes of several layers and stages are one. */
-export interface ProgramChange {
-  readonly change: "added" | "removed" | "changed";
-  readonly phase: BlockPhase;
-  /** The id, with `layers.*` if the change applies to all of `layers`. */
-  readonly id: string;
-  readonly does: string;
-  readonly kind: Instruction["kind"];
-  readonly layers: readonly number[];
-  readonly stages: readonly number[];
-  readonly differences: readonly { readonly what: string; readonly old: string; readonly new: string }[];
 }
 
 /** The version of the JSON of `diff`: a minor version adds keys. */
@@ -198,133 +177,4 @@ function roleFacts(role: RoleView | undefined): Facts {
     add(`traffic ${axes}: across nodes`, "bytes", Math.round(across));
   }
   return facts;
-}
-
-interface Placed {
-  readonly stage: number;
-  readonly layer: number | undefined;
-  readonly does: string;
-  readonly kind: Instruction["kind"];
-  readonly facts: ReadonlyMap<string, string>;
-}
-
-function programChanges(a: readonly Program[], b: readonly Program[]): ProgramChange[] {
-  const found = new Map<string, ProgramChange & { layers: number[]; stages: number[] }>();
-  const note = (
-    change: ProgramChange["change"],
-    phase: BlockPhase,
-    id: string,
-    { stage, layer, does, kind }: Placed,
-    differences: ProgramChange["differences"],
-  ): void => {
-    const name = anyLayer(id, layer);
-    const key = JSON.stringify([change, phase, name, does, differences]);
-    const entry = found.get(key) ?? { change, phase, id: name, does, kind, layers: [], stages: [], differences };
-    if (layer !== undefined) entry.layers.push(layer);
-    if (!entry.stages.includes(stage)) entry.stages.push(stage);
-    found.set(key, entry);
-  };
-  for (const phase of phases) {
-    const [before, after] = [placed(a, phase), placed(b, phase)];
-    for (const id of new Set([...before.keys(), ...after.keys()])) {
-      const olds = before.get(id) ?? [];
-      const news = after.get(id) ?? [];
-      for (const old of olds) {
-        const same = news.find((n) => n.stage === old.stage) ?? moved(old, olds, news);
-        if (!same) note("removed", phase, id, old, []);
-        else {
-          const differences = factChanges(old, same);
-          if (differences.length > 0) note("changed", phase, id, same, differences);
-        }
-      }
-      for (const added of news) {
-        if (!olds.some((o) => o.stage === added.stage) && !moved(added, news, olds)) note("added", phase, id, added, []);
-      }
-    }
-  }
-  return [...found.values()];
-}
-
-/** Layers move between stages if the number of stages differs, so instructions with an id that is unique in both plans are matched. */
-function moved(one: Placed, own: readonly Placed[], [other, ...more]: readonly Placed[]): Placed | undefined {
-  return own.length === 1 && more.length === 0 && other?.stage !== one.stage ? other : undefined;
-}
-
-function placed(programs: readonly Program[], phase: BlockPhase): Map<string, Placed[]> {
-  const all = new Map<string, Placed[]>();
-  for (const program of programs) {
-    const buffers = new BufferTable(program.buffers);
-    const layers = new Map(
-      instructionsOf(program).flatMap((i) => (i.kind === "collective" && i.stream ? [[i.id, layerOf(i, buffers)] as const] : [])),
-    );
-    for (const instruction of blocksOf(program).flatMap((b) => (b.kind === phase ? b.instructions : []))) {
-      const layer = layerOf(instruction, buffers);
-      const facts = factsOf(instruction, buffers, layers);
-      const one = { stage: program.stage, layer, does: doing(instruction), kind: instruction.kind, facts };
-      const before = all.get(instruction.id);
-      if (before) before.push(one);
-      else all.set(instruction.id, [one]);
-    }
-  }
-  return all;
-}
-
-function doing(i: Instruction): string {
-  switch (i.kind) {
-    case "compute":
-      return i.op;
-    case "collective":
-      return i.name;
-    default:
-      return i.kind;
-  }
-}
-
-/** Returns the text of an instruction for comparison, without the layers in names. `layers`: those of the collectives that instructions wait for. */
-function factsOf(i: Instruction, buffers: BufferTable, layers: ReadonlyMap<string, number | undefined>): Map<string, string> {
-  const facts = new Map<string, string>();
-  const operand = (name: string, id: string): void => {
-    const buffer = buffers.get(id);
-    facts.set(`${name} shape`, shapeText(buffer));
-    facts.set(`${name} dtype`, buffer.dtype);
-    facts.set(`${name} buffer`, anyLayer(id, buffer.layer));
-  };
-  facts.set("does", doing(i));
-  facts.set("waits for", (i.waits ?? []).map((id) => anyLayer(id, layers.get(id))).join(" "));
-  facts.set("runs", i.only ?? "");
-  switch (i.kind) {
-    case "compute":
-      for (const [name, id] of Object.entries(i.reads)) operand(name, id);
-      for (const [name, id] of Object.entries(i.writes)) operand(name, id);
-      for (const [name, value] of Object.entries(i.attrs)) facts.set(`attribute ${name}`, String(value));
-      facts.set("accumulates", (i.accumulates ?? []).join(" "));
-      break;
-    case "collective":
-      operand("from", i.from);
-      operand("to", i.to);
-      facts.set("pairs", i.more ? String(1 + i.more.length) : "");
-      facts.set("stream", i.stream ?? "");
-      facts.set("how", i.how);
-      facts.set("axes", i.axes);
-      facts.set("bytes", bytesText(i.bytes));
-      facts.set("needed by", anyLayerOrigin(i.why));
-      break;
-    case "send":
-    case "recv":
-      operand("buffer", i.buffer);
-      facts.set("peer", `stage ${i.peer}`);
-      facts.set("channel", i.channel);
-      facts.set("bytes", bytesText(i.bytes));
-      break;
-  }
-  return facts;
-}
-
-function factChanges(a: Placed, b: Placed): { what: string; old: string; new: string }[] {
-  const changes = a.stage === b.stage ? [] : [{ what: "stage", old: String(a.stage), new: String(b.stage) }];
-  for (const what of new Set([...a.facts.keys(), ...b.facts.keys()])) {
-    const [old, now] = [a.facts.get(what) ?? "none", b.facts.get(what) ?? "none"];
-    if (old !== now) changes.push({ what, old, new: now });
-  }
-  return changes;
 }

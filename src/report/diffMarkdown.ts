@@ -1,10 +1,11 @@
 /** The differences of two plans as Markdown, for a comment on a pull request: consequences first, programs details. */
 import { printable } from "../../schemas/printable.ts";
 import { bytesText, countText, flopsText, ranges, secondsText } from "../units.ts";
-import type { PlanDiff, ProgramChange, SummaryChange } from "./diff.ts";
+import type { PlanDiff, SummaryChange } from "./diff.ts";
 import { instructionsOf, percentText, valueText } from "./diffText.ts";
 import { axisTitle } from "./overview.ts";
 import { placedText } from "./placementChanges.ts";
+import type { ProgramChange } from "./programChanges.ts";
 
 /** The longest comment: GitHub takes 65,536 characters. */
 const LONGEST = 60_000;

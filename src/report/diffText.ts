@@ -2,9 +2,10 @@
 import { printable } from "../../schemas/printable.ts";
 import { bytesText, countText, flopsText, plural, ranges, secondsText } from "../units.ts";
 import type { Consequence } from "./consequences.ts";
-import type { FieldChange, PlanDiff, ProgramChange, SummaryChange } from "./diff.ts";
+import type { FieldChange, PlanDiff, SummaryChange } from "./diff.ts";
 import { axisTitle } from "./overview.ts";
 import { placedText } from "./placementChanges.ts";
+import type { ProgramChange } from "./programChanges.ts";
 import { added, bold, type Column, dim, fitLines, fitTable, pad, warn, wrap } from "./textLayout.ts";
 
 /** How a text shows differences. */

@@ -4,7 +4,7 @@ import type { Buffer, Instruction, Plan, Program } from "../../schemas/plan.ts";
 import { printable } from "../../schemas/printable.ts";
 import { type Block, blocksOf } from "../../schemas/program.ts";
 import { Trouble } from "../../schemas/trouble.ts";
-import { BufferTable } from "../analysis/bufferTable.ts";
+import { buffersOf } from "../analysis/bufferTable.ts";
 import { layerOf } from "../analysis/layerNames.ts";
 import { anyLayer } from "../analysis/layerText.ts";
 import { layerPart } from "../model/positions.ts";
@@ -58,7 +58,7 @@ function allIds({ programs }: Plan): Map<string, PlacedId> {
     if (!ids.has(id)) ids.set(id, { id, layer, form: anyLayer(id, layer) });
   };
   for (const program of programs) {
-    const buffers = new BufferTable(program.buffers);
+    const buffers = buffersOf(program);
     for (const { instructions } of blocksOf(program)) for (const i of instructions) add(i.id, layerOf(i, buffers));
     for (const { id, layer } of program.buffers) add(id, layer);
   }

@@ -6,7 +6,7 @@ import { devices } from "../../schemas/devices.ts";
 import type { Buffer, Collective, Instruction, MeshAxis, Plan, Program, StreamName } from "../../schemas/plan.ts";
 import { blocksOf, microbatchesIn, timesIn } from "../../schemas/program.ts";
 import { elementsOf, rankAt } from "../../schemas/sharding.ts";
-import { BufferTable } from "../analysis/bufferTable.ts";
+import { buffersOf } from "../analysis/bufferTable.ts";
 import { flopsOf, sizesAgree } from "../analysis/cost.ts";
 import { anyLayer } from "../analysis/layerText.ts";
 import { type MemoryBreakdown, memoryBreakdown } from "../analysis/memoryBreakdown.ts";
@@ -194,7 +194,7 @@ function roleView({ mesh }: Plan, { program, memory }: StageOfPlan): RoleView {
     }
     return sums;
   };
-  const buffers = new BufferTable(program.buffers);
+  const buffers = buffersOf(program);
   const buffer = (id: string) => buffers.get(id);
   const linkOf = linksOf(mesh, program.stage);
   const collectives = phases.flatMap((kind) => {
@@ -302,6 +302,6 @@ function mtpDepthsOf({ inputs }: Program): number[] {
 
 /** Counts the parameters of the whole model; tied copies are not counted. */
 function globalElements(program: Program): number {
-  const buffers = new BufferTable(program.buffers);
+  const buffers = buffersOf(program);
   return program.parameters.reduce((sum, p) => sum + (p.tied_to ? 0 : elementsOf(buffers.get(p.buffer).sizes)), 0);
 }

@@ -2,7 +2,7 @@
 import { bytesOf } from "../../schemas/dtypes.ts";
 import type { Instruction } from "../../schemas/plan.ts";
 import { elementsOf } from "../../schemas/sharding.ts";
-import { BufferTable } from "../analysis/bufferTable.ts";
+import { type BufferTable, buffersOf } from "../analysis/bufferTable.ts";
 import { bytesText, ranges } from "../units.ts";
 import type { FoundId } from "./findId.ts";
 import { blockName, shapeText, timesText } from "./programText.ts";
@@ -22,7 +22,7 @@ export function printInstructions({ id, instructions, buffers, alike }: FoundId,
   for (const { program, block, instruction } of instructions) {
     const rows = [
       ["block", `${blockName(block, program)}, ${timesText(block)}`] as const,
-      ...rowsOf(instruction, new BufferTable(program.buffers)),
+      ...rowsOf(instruction, buffersOf(program)),
       ...(instruction.only ? [["runs", runsText[instruction.only]] as const] : []),
       ...(instruction.waits ? [["waits for", instruction.waits.join(", ")] as const] : []),
     ];

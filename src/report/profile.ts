@@ -8,7 +8,7 @@ import type { Compute, Plan, Program } from "../../schemas/plan.ts";
 import { instructionsOf } from "../../schemas/program.ts";
 import { stageOfRank } from "../../schemas/sharding.ts";
 import type { Timing } from "../../schemas/timing.ts";
-import { BufferTable } from "../analysis/bufferTable.ts";
+import { buffersOf } from "../analysis/bufferTable.ts";
 import { costOf } from "../analysis/cost.ts";
 import { layerOf } from "../analysis/layerNames.ts";
 import { anyLayer } from "../analysis/layerText.ts";
@@ -72,7 +72,7 @@ export function profileRows(plan: Plan, timings: readonly Timing[]): ProfileRow[
 
 /** Returns flops and bytes of each instruction of a stage, on one rank, and the device's peak in FLOP/s on operands of its widest type. */
 function timedInstructions(plan: Plan, p: Program): Map<string, { form: string; flops: number; bytes: number; peak: number }> {
-  const buffers = new BufferTable(p.buffers);
+  const buffers = buffersOf(p);
   const { peak: peaks } = deviceOf(plan.job.cluster.device);
   const peakOf = (i: Compute): number => {
     const rates = Object.values(i.reads).map((id) => peaks[buffers.get(id).dtype] ?? Number.POSITIVE_INFINITY);

@@ -1,7 +1,7 @@
 /** Formats programs, one line per instruction: id, operation, local shapes, bytes, and the origin of collectives. */
 import type { Buffer, Instruction, Program } from "../../schemas/plan.ts";
 import { type Block, blocksOf, microbatchBlocks } from "../../schemas/program.ts";
-import { BufferTable } from "../analysis/bufferTable.ts";
+import { type BufferTable, buffersOf } from "../analysis/bufferTable.ts";
 import { collapseLayers, formFrom, formOf, type Line, layerOf } from "../analysis/layerNames.ts";
 import { firstLayerOf } from "../analysis/stages.ts";
 import { ops } from "../ops/index.ts";
@@ -24,7 +24,7 @@ const times: Readonly<Record<BlockPhase, string>> = {
 
 /** Returns one line per instruction of a block. */
 export function blockLines(program: Program, { instructions }: Block): Line[] {
-  const buffers = new BufferTable(program.buffers);
+  const buffers = buffersOf(program);
   const ids = Math.min(
     48,
     largest(instructions, (i) => i.id.length),

@@ -18,11 +18,20 @@ export interface SchedulePicture {
   readonly bubble: number;
 }
 
+/** Returns the length of the longest name of block runs: the one with the largest numbers. */
+function longestTag(order: readonly BlockRun[], chunks: number): number {
+  const [first] = order;
+  if (!first) return 0;
+  let [microbatch, chunk] = [0, 0];
+  for (const run of order) [microbatch, chunk] = [Math.max(microbatch, run.microbatch), Math.max(chunk, run.chunk)];
+  return blockTag({ ...first, microbatch, chunk }, chunks).length;
+}
+
 /** Draws the block runs of all stages. Rows take about `widest` columns behind the name of the stage; what does not fit is left out in the middle. */
 export function drawSchedule(orders: readonly (readonly BlockRun[])[], chunks: number, widest = 100): SchedulePicture {
   const stages = timesOf(orders, chunks);
   const units = durationOf(stages);
-  const width = largest(orders.flat(), (run) => blockTag(run, chunks).length, 2) + 1;
+  const width = largest(orders, (order) => longestTag(order, chunks), 2) + 1;
   const shown = Math.max(6, Math.floor(widest / width));
   const cut = units > shown ? { from: Math.ceil(shown / 2), to: units - Math.floor(shown / 2) + 1 } : undefined;
   const rows = stages.map((lanes, stage) => {

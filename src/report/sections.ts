@@ -1,7 +1,7 @@
 /** Sections of `inspect`: mesh, communication, schedule, kernels. */
 import type { Plan } from "../../schemas/plan.ts";
 import { blocksOf, timesIn } from "../../schemas/program.ts";
-import { BufferTable } from "../analysis/bufferTable.ts";
+import { buffersOf } from "../analysis/bufferTable.ts";
 import { flopsOf } from "../analysis/cost.ts";
 import { anyLayer } from "../analysis/layerText.ts";
 import { chunksPerStage } from "../analysis/stages.ts";
@@ -144,7 +144,7 @@ export interface KernelWork {
 export function kernelWork({ programs, kernels, mesh }: Plan): KernelWork[] {
   const work = new Map<string, { times: number; flops: number }>();
   for (const program of programs) {
-    const buffers = new BufferTable(program.buffers);
+    const buffers = buffersOf(program);
     for (const block of blocksOf(program)) {
       for (const i of block.instructions) {
         if (i.kind !== "compute") continue;

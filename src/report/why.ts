@@ -7,7 +7,7 @@ import { readsOf } from "../../schemas/effects.ts";
 import type { Buffer, Collective, Instruction, Plan, Program } from "../../schemas/plan.ts";
 import { type Block, blocksOf, instructionsOf, timesIn } from "../../schemas/program.ts";
 import { elementsOf } from "../../schemas/sharding.ts";
-import { BufferTable } from "../analysis/bufferTable.ts";
+import { type BufferTable, buffersOf } from "../analysis/bufferTable.ts";
 import { costOf } from "../analysis/cost.ts";
 import { blockTimer, type TimedBlock } from "../analysis/estimate/timedBlocks.ts";
 import { layerOf } from "../analysis/layerNames.ts";
@@ -78,7 +78,7 @@ export function explainId(plan: Plan, found: FoundId, profile?: DeviceProfile): 
 function timeOf(plan: Plan, { program, instruction }: PlacedInstruction, profile: DeviceProfile): number {
   const stage = stagesOf(plan).find((s) => s.program === program);
   if (!stage) return 0;
-  const buffers = new BufferTable(program.buffers);
+  const buffers = buffersOf(program);
   const formOf = (i: Instruction): string => `${i.kind} ${anyLayer(i.id, layerOf(i, buffers))}`;
   const form = formOf(instruction);
   const sum = (block: TimedBlock): number =>
@@ -123,7 +123,7 @@ const factsByProgram = new WeakMap<Program, ProgramFacts>();
 function factsOf(program: Program): ProgramFacts {
   const known = factsByProgram.get(program);
   if (known) return known;
-  const buffers = new BufferTable(program.buffers);
+  const buffers = buffersOf(program);
   const alike = new Map<string, number>();
   for (const i of instructionsOf(program)) {
     const form = `${i.kind} ${anyLayer(i.id, layerOf(i, buffers))}`;
@@ -199,7 +199,7 @@ function becauseOf({ why, ...i }: Collective | Extract<PlacedInstruction["instru
 function computeWhy(plan: Plan, placed: PlacedInstruction): Rest {
   const { program, instruction } = placed;
   if (instruction.kind !== "compute") throw new Error(`${instruction.id} computes nothing`);
-  const buffers = new BufferTable(program.buffers);
+  const buffers = buffersOf(program);
   const { flops, bytes } = costOf(instruction, plan.mesh, buffers);
   const times = timesOf(placed);
   const { path, because } = keyOfCompute(instruction, placed.block.kind);

@@ -1,11 +1,14 @@
 /** The table of devices: targets exist, and profiles compare with the peak of the operands' type. */
 import { expect, test } from "vitest";
+import { DeviceProfile } from "../../schemas/deviceProfile.ts";
 import { type Device, deviceNames, deviceOf } from "../../schemas/devices.ts";
 import { instructionsOf } from "../../schemas/program.ts";
 import { hardwareOf } from "../../src/analysis/estimate/kernelTime.ts";
-import { packageProfile, parseProfile, profileNames } from "../../src/analysis/estimate/profiles.ts";
+import { parseProfile } from "../../src/analysis/estimate/profileFile.ts";
+import { packageProfile, profileNames } from "../../src/analysis/estimate/profiles.ts";
 import { targetNames } from "../../src/codegen/targetNames.ts";
 import { compile } from "../../src/compile.ts";
+import { readPackageFile } from "../../src/packageFile.ts";
 import { profileRows } from "../../src/report/profile.ts";
 import { jobOf } from "../support/job.ts";
 
@@ -27,6 +30,13 @@ test("each device with links has a profile that names the sources of its figures
     expect(profile.links.network.bandwidth, name).toBe(row.links!.network);
     for (const rows of Object.values(profile.links.host.tables))
       for (const { busbw } of rows) expect(busbw.map(([bytes]) => bytes)).toEqual(busbw.map(([bytes]) => bytes).sort((a, b) => a - b));
+  }
+});
+
+test("the profiles of the package fit the schema and write every key, so that reading them needs no schema", () => {
+  for (const name of profileNames) {
+    const written: unknown = JSON.parse(readPackageFile(`schemas/devices/${name}.json`));
+    expect(DeviceProfile.parse(written), name).toEqual(written);
   }
 });
 

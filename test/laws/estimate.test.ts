@@ -192,9 +192,15 @@ test("slower experts lengthen the step, and nothing else than rows of experts do
 });
 
 test("an asynchronous collective runs until an instruction waits for it by its id; other communication until a kernel touches its bytes", () => {
-  const bytes = { reads: [], writes: [[0, 8] as const] };
+  const bytes = { touch: { reads: [], writes: [[0, 8] as const] } };
   const gemm = plans()[0]!.programs[0]!.step.find((i) => i.kind === "compute")!;
-  const kernel = { instruction: gemm, seconds: 1, source: "law" as const, stream: "compute", reads: [[0, 8] as const], writes: [] };
+  const kernel = {
+    instruction: gemm,
+    seconds: 1,
+    source: "law" as const,
+    stream: "compute",
+    touch: { reads: [[0, 8] as const], writes: [] },
+  };
   const communication = { name: "reduce_scatter", axes: "dp" };
   const work = { ...bytes, communication, axes: "dp", start: 0, end: 5, late: 0 };
   const clockWith = (more: object) => {
@@ -217,7 +223,7 @@ test("an asynchronous collective runs until an instruction waits for it by its i
 test("what waits in a queue is charged while it runs: each collective of a stream for its own time, and other stages for what they are late", () => {
   const [first, second, world] = ["all_gather", "reduce_scatter", "all_reduce"].map((name) => ({ name, axes: name }));
   const parts = new PartSums();
-  const none = { reads: [], writes: [] };
+  const none = { touch: { reads: [], writes: [] } };
   const clock = new StageClock(0, parts, 0, [
     { ...none, communication: first!, axes: "a", stream: "s", id: "1", start: 0, end: 2, late: 0 },
     { ...none, communication: second!, axes: "b", stream: "s", id: "2", start: 2, end: 5, late: 0 },

@@ -4,7 +4,7 @@ import type { CollectiveKind, Plan } from "../../../schemas/plan.ts";
 import { instructionsOf } from "../../../schemas/program.ts";
 import { stageOfRank } from "../../../schemas/sharding.ts";
 import type { Timing } from "../../../schemas/timing.ts";
-import { BufferTable } from "../bufferTable.ts";
+import { buffersOf } from "../bufferTable.ts";
 import { programOf } from "../stages.ts";
 import { type KernelShape, kernelShape } from "./kernelShape.ts";
 import { hardwareOf, lawSeconds } from "./kernelTime.ts";
@@ -108,7 +108,7 @@ function wholeTimes(timings: readonly Timing[]): { readonly rank: number; readon
 /** Returns the shapes of a stage's kernels and of its collectives inside a node, by instruction. */
 function stageShapes(plan: Plan, stage: number) {
   const program = programOf(plan, stage);
-  const buffers = new BufferTable(program.buffers);
+  const buffers = buffersOf(program);
   const groupOf = topologyOf(plan.mesh, stage);
   const kernels = new Map<string, KernelShape>();
   const collectives = new Map<string, MeasuredCollective>();

@@ -6,7 +6,7 @@
 import type { CommunicationClass, MemorySpan, TimedInstruction } from "./timedBlocks.ts";
 import { activities, type PartSums } from "./timeParts.ts";
 
-type Touch = Pick<TimedInstruction, "reads" | "writes">;
+type Touch = Pick<TimedInstruction, "touch">;
 
 /** Communication that later instructions may have to wait for. Times in seconds on the clock of the stage. */
 export interface PendingWork extends Touch {
@@ -23,7 +23,7 @@ export interface PendingWork extends Touch {
 
 const meets = (a: readonly MemorySpan[], b: readonly MemorySpan[]): boolean =>
   a.some(([from, to]) => b.some((other) => other[0] < to && from < other[1]));
-const conflicts = (a: Touch, b: Touch): boolean => meets(a.writes, b.reads) || meets(a.reads, b.writes);
+const conflicts = ({ touch: a }: Touch, { touch: b }: Touch): boolean => meets(a.writes, b.reads) || meets(a.reads, b.writes);
 
 /** The clocks of one stage. */
 export class StageClock {

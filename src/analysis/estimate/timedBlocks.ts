@@ -6,7 +6,8 @@ import { pairsOf, touchedBy, writesOf } from "../../../schemas/effects.ts";
 import type { Collective, Compute, Instruction, Memory, Plan, Program, StreamName } from "../../../schemas/plan.ts";
 import { activationStart, type Block, blocksOf, runsIn } from "../../../schemas/program.ts";
 import { elementsOf, rankAt } from "../../../schemas/sharding.ts";
-import { BufferTable } from "../bufferTable.ts";
+import { Repeats } from "../../repeats.ts";
+import { type BufferTable, buffersOf } from "../bufferTable.ts";
 import { kernelShape } from "./kernelShape.ts";
 import { KernelTimes, type SourcedTime, type TimeSource } from "./kernelTime.ts";
 import { collectiveSeconds, transferSeconds } from "./linkTime.ts";
@@ -19,6 +20,12 @@ export type KernelPart = (typeof kernelParts)[number];
 
 /** Bytes of memory, [begin, end), in one numbering of all arenas. */
 export type MemorySpan = readonly [number, number];
+
+/** The memory that an instruction reads and writes. */
+export interface MemoryTouch {
+  readonly reads: readonly MemorySpan[];
+  readonly writes: readonly MemorySpan[];
+}
 
 /** Collectives and transfers of one kind. */
 export interface CommunicationClass {
@@ -44,8 +51,7 @@ export interface TimedInstruction {
   readonly communication?: CommunicationClass;
   /** Whether the ranks of a group are on more than one node. */
   readonly isAcross?: boolean;
-  readonly reads: readonly MemorySpan[];
-  readonly writes: readonly MemorySpan[];
+  readonly touch: MemoryTouch;
 }
 
 /** A block with timed instructions. */
@@ -107,9 +113,10 @@ export function blockTimer(
   const launchesOf = new Map(plan.kernels.map(({ id, launches }) => [id, Math.max(1, launches.length)]));
   const known = new Map<string, SourcedTime & { readonly part: KernelPart }>();
   return (program, memory) => {
-    const buffers = new BufferTable(program.buffers);
+    const buffers = buffersOf(program);
     const spanOf = spansOf(program, memory, buffers);
     const groupOf = topologyOf(plan.mesh, program.stage);
+    const secondsOf = collectiveTimer(plan, { profile, imbalance, assumed });
     const classes = new Map<string, CommunicationClass>();
     /** Returns one object for each class. */
     const classOf = (own: CommunicationClass): CommunicationClass => {
@@ -130,27 +137,19 @@ export function blockTimer(
       known.set(key, timed);
       return timed;
     };
-    const hiddenShare = (i: Collective, isStep: boolean): number => {
-      if (isOfRows(i)) return assumed.hidden?.includes("experts") ? profile.overlap.hidden.experts : 0;
-      if (i.axes === "tp") return assumed.hidden?.includes("tensor") ? profile.overlap.hidden.tensor : 0;
-      const isOfData = isStep && /\b(dp|edp)\b/.test(i.axes);
-      return isOfData && assumed.hidden?.includes("data") ? profile.overlap.hidden.data : 0;
-    };
     const timed = (written: Instruction, isStep: boolean, isFirst: boolean): TimedInstruction => {
       const i = isFirst ? asFirst(written) : written;
-      const memorySpans = { reads: [...touchedBy(i, buffers)].map(spanOf), writes: writesOf(i, buffers).map(spanOf) };
+      const touch = new LazyTouch(i, buffers, spanOf);
       if (i.kind === "compute") {
         const { part, ...time } = kernelTime(i);
-        return { instruction: i, ...time, part: isStep ? "optimizer" : part, stream: "compute", ...memorySpans };
+        return { instruction: i, ...time, part: isStep ? "optimizer" : part, stream: "compute", touch };
       }
-      const common = { instruction: i, source: "link" as const, ...memorySpans };
+      const common = { instruction: i, source: "link" as const, touch };
       if (i.kind === "collective") {
         const group: GroupTopology = groupOf(i);
         const communication = classOf({ name: i.name, axes: i.axes, ...(i.stream && { stream: i.stream }) });
         const bytes = pairsOf(i).reduce((sum, { from, to }) => sum + Math.max(buffers.bytesOf(from), buffers.bytesOf(to)), 0);
-        const copies = isOfRows(i) && assumed.sendsPerNode ? plan.job.model.moe?.top_k : undefined;
-        const alone = collectiveSeconds(profile.links, i.how, bytes, group, copies) * (1 - hiddenShare(i, isStep));
-        const seconds = alone * (i.stream ? profile.overlap.collective_factor : 1);
+        const seconds = secondsOf(i, bytes, { group, isStep });
         return { ...common, seconds, stream: i.stream ?? "comm", axes: i.axes, isAcross: group.nodes > 1, communication };
       }
       const isAcross = crosses(plan, program.stage, i.peer);
@@ -179,6 +178,26 @@ export function blockTimer(
   };
 }
 
+/** Returns a function that finds the seconds of collectives of a stage; equal ones once. `bytes`: the largest buffer on a rank. */
+function collectiveTimer(
+  { job }: Pick<Plan, "job">,
+  { profile, assumed = {} }: TimingOptions,
+): (i: Collective, bytes: number, at: { readonly group: GroupTopology; readonly isStep: boolean }) => number {
+  const known = new Repeats<number>();
+  const hiddenShare = (i: Collective, isStep: boolean): number => {
+    if (isOfRows(i)) return assumed.hidden?.includes("experts") ? profile.overlap.hidden.experts : 0;
+    if (i.axes === "tp") return assumed.hidden?.includes("tensor") ? profile.overlap.hidden.tensor : 0;
+    const isOfData = isStep && /\b(dp|edp)\b/.test(i.axes);
+    return isOfData && assumed.hidden?.includes("data") ? profile.overlap.hidden.data : 0;
+  };
+  return (i, bytes, { group, isStep }) =>
+    known.of(`${i.how} ${i.name} ${i.axes} ${i.subAxes} ${i.world} ${i.stream} ${bytes} ${isStep}`, () => {
+      const copies = isOfRows(i) && assumed.sendsPerNode ? job.model.moe?.top_k : undefined;
+      const alone = collectiveSeconds(profile.links, i.how, bytes, group, copies) * (1 - hiddenShare(i, isStep));
+      return alone * (i.stream ? profile.overlap.collective_factor : 1);
+    });
+}
+
 const hasFirst = (i: Instruction): boolean => i.only === "first" || (i.kind === "compute" && i.first_kernel !== undefined);
 
 /** Returns the instruction of the first microbatch of a step. */
@@ -204,6 +223,33 @@ function crosses({ mesh }: Plan, stage: number, peer: number): boolean {
   const nodeOf = (of: number, n: number): number => Math.floor(rankAt(mesh, of, n) / mesh.gpus_per_node);
   for (let n = 0; n < mesh.per_stage; n++) if (nodeOf(stage, n) !== nodeOf(peer, n)) return true;
   return false;
+}
+
+/** Finds the memory of an instruction when it is asked for: most instructions run while no communication is under way. */
+class LazyTouch implements MemoryTouch {
+  // not `#`: private names take longer to write, and there is one object for each instruction
+  private readonly instruction: Instruction;
+  private readonly buffers: BufferTable;
+  private readonly spanOf: (id: string) => MemorySpan;
+  private known: MemoryTouch | undefined;
+
+  constructor(instruction: Instruction, buffers: BufferTable, spanOf: (id: string) => MemorySpan) {
+    this.instruction = instruction;
+    this.buffers = buffers;
+    this.spanOf = spanOf;
+  }
+
+  get reads(): readonly MemorySpan[] {
+    return this.found().reads;
+  }
+  get writes(): readonly MemorySpan[] {
+    return this.found().writes;
+  }
+  private found(): MemoryTouch {
+    const { instruction, buffers, spanOf } = this;
+    this.known ??= { reads: [...touchedBy(instruction, buffers)].map(spanOf), writes: writesOf(instruction, buffers).map(spanOf) };
+    return this.known;
+  }
 }
 
 /** Returns a function from the id of a buffer to its place in memory. */

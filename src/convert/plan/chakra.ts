@@ -7,7 +7,7 @@ import { readsOf, writesOf } from "../../../schemas/effects.ts";
 import type { Buffer, CollectiveKind, Instruction, Plan, Program } from "../../../schemas/plan.ts";
 import { blockOf, blockTag, microbatchesIn, runsIn } from "../../../schemas/program.ts";
 import { numberInStage, rankAt, stageOfRank } from "../../../schemas/sharding.ts";
-import { BufferTable } from "../../analysis/bufferTable.ts";
+import { buffersOf } from "../../analysis/bufferTable.ts";
 import { costOf } from "../../analysis/cost.ts";
 import { Message } from "./protobuf.ts";
 import type { RankGroup, RankGroups } from "./rankGroups.ts";
@@ -112,7 +112,7 @@ function* nodesOf(
   communicators: RankGroups,
   secondsOf: ChakraOptions["secondsOf"],
 ): Generator<Uint8Array> {
-  const buffers = new BufferTable(program.buffers);
+  const buffers = buffersOf(program);
   const known = new Map(program.buffers.map((b) => [b.id, b]));
   const dependencies = new Dependencies(program.buffers);
   const last = microbatchesIn(program) - 1;

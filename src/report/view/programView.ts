@@ -2,7 +2,7 @@
 import { readsOf, writesOf } from "../../../schemas/effects.ts";
 import type { Instruction, Plan, Program } from "../../../schemas/plan.ts";
 import { type Block, blocksOf } from "../../../schemas/program.ts";
-import { BufferTable } from "../../analysis/bufferTable.ts";
+import { type BufferTable, buffersOf } from "../../analysis/bufferTable.ts";
 import { costOf } from "../../analysis/cost.ts";
 import { layerOf } from "../../analysis/layerNames.ts";
 import { anyLayer, fromLayer } from "../../analysis/layerText.ts";
@@ -25,7 +25,7 @@ export interface ProgramsView {
 export function programsView(plan: Plan): ProgramsView {
   const shared = new SharedParts(plan);
   const stages = plan.programs.map((program): StageView => {
-    const buffers = new BufferTable(program.buffers);
+    const buffers = buffersOf(program);
     const layers = new Map(blocksOf(program).flatMap(({ instructions }) => instructions.map((i) => [i.id, layerOf(i, buffers)] as const)));
     const lifetimes = blockLifetimes(program);
     const blocks = lifetimes.map(({ block, lives }): BlockView => {
