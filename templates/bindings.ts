@@ -306,6 +306,21 @@ interface CudaExpertCountsCu {
 interface CudaF16Cuh {
 }
 
+interface CudaGemmEpilogueCuh {
+  readonly columns: string | number;
+  readonly element: readonly (string | number)[];
+  readonly inputs: readonly (string | number)[];
+  readonly loadCount: string | number;
+  readonly perSet: string | number;
+  readonly product: string | number;
+  readonly ragged: boolean;
+  readonly results: readonly { readonly name: string | number; readonly value: string | number }[];
+  readonly rowSums: readonly { readonly name: string | number; readonly term: string | number }[];
+  readonly rowValues: readonly { readonly name: string | number; readonly type: string | number }[];
+  readonly storesProduct: boolean;
+  readonly suffix: string | number;
+}
+
 interface CudaGemmF32Cu {
   readonly a: string | number;
   readonly b: string | number;
@@ -362,9 +377,11 @@ interface CudaGemmWgmmaCu {
   readonly depth: string | number;
   readonly depthFirstA: string | number;
   readonly depthFirstB: string | number;
+  readonly epilogue: string | number;
   readonly experts: string | number;
   readonly hopper: string | number;
   readonly m: string | number;
+  readonly maps: string | number;
   readonly more: readonly { readonly a: string | number; readonly b: string | number; readonly from: string | number }[];
   readonly n: string | number;
   readonly name: string | number;
@@ -372,14 +389,15 @@ interface CudaGemmWgmmaCu {
   readonly out: string | number;
   readonly parameters: string | number;
   readonly part: string | number;
-  readonly pointer: string | number;
   readonly product: string | number;
   readonly ragged: boolean;
   readonly raggedDepth: string | number;
   readonly raggedRows: string | number;
   readonly raster: string | number;
+  readonly sets: string | number;
   readonly stages: string | number;
   readonly suffix: string | number;
+  readonly target: string | number;
   readonly tickets: string | number;
   readonly ticketsPointer: string | number;
   readonly tileM: string | number;
@@ -1382,6 +1400,7 @@ export interface Templates {
   readonly "cuda/embed_grad.cu": CudaEmbedGradCu;
   readonly "cuda/expert_counts.cu": CudaExpertCountsCu;
   readonly "cuda/f16.cuh": CudaF16Cuh;
+  readonly "cuda/gemm_epilogue.cuh": CudaGemmEpilogueCuh;
   readonly "cuda/gemm_f32.cu": CudaGemmF32Cu;
   readonly "cuda/gemm_mma.cu": CudaGemmMmaCu;
   readonly "cuda/gemm_tiles.cuh": CudaGemmTilesCuh;

@@ -1,7 +1,18 @@
 import type { Dtype } from "../../schemas/dtypes.ts";
-import { gemmDgradPair, gemmDgradTriple, groupedDgradPair } from "../ops/fused.ts";
+import {
+  gemmDgradPair,
+  gemmDgradSwiglu,
+  gemmDgradTriple,
+  gemmSwiglu,
+  groupedDgradPair,
+  groupedDgradSwiglu,
+  groupedGemmSwiglu,
+  swigluGradAgain,
+  swigluRowsGradAgain,
+} from "../ops/fused.ts";
+import { gatedUnits } from "../ops/gatedUnits.ts";
 import { gemm, gemmDgrad, gemmWgrad, groupedDgrad, groupedGemm, groupedWgrad } from "../ops/gemm.ts";
-import { invariant } from "../ops/op.ts";
+import { type AnyFormulaOp, invariant } from "../ops/op.ts";
 import { forOp, type KernelSpec, offsetsAt } from "./kernelSpec.ts";
 
 /** An operand. `depthFirst`: the dim that is summed over is contiguous; else the rows (of b: the columns) of c are. */
@@ -24,10 +35,18 @@ export interface MatrixProduct {
   readonly ragged?: "rows" | "depth";
   /** The products of which c is the sum, if they are several: they differ in a, b and depth alone, and `depth` is that of all. */
   readonly addends?: readonly MatrixProduct[];
+  readonly epilogue?: Epilogue;
   /** Whether the product is added to c. */
   readonly adds: boolean;
   /** Index of the experts' first rows in the index buffer. */
   readonly offsets: number;
+}
+
+/** A formula with c as one operand, whose results are stored. Its other operands have the names of those of the spec. */
+export interface Epilogue {
+  readonly formula: AnyFormulaOp;
+  /** Whether c is stored too. */
+  readonly storesProduct: boolean;
 }
 
 /** The size of a product over tokens, or over the rows of experts. */
@@ -59,12 +78,23 @@ function product<Operand extends string>(
   };
 }
 
-const forward = (s: ProductSpec<"x" | "w" | "y">, of: Extent): MatrixProduct =>
-  product(s, ["x", "w", "y"], { m: of.rows, n: s.d.N, depth: s.d.K, depthFirst: [true, false], ragged: "rows" }, of);
+const forward = <Operand extends string>(s: ProductSpec<Operand | "x" | "w">, of: Extent, y: Operand): MatrixProduct =>
+  product(s, ["x", "w", y], { m: of.rows, n: s.d.N, depth: s.d.K, depthFirst: [true, false], ragged: "rows" }, of);
 const inputGrad = <Operand extends string>(s: ProductSpec<Operand | "dx">, of: Extent, dy: Operand, w: Operand): MatrixProduct =>
   product(s, [dy, w, "dx"], { m: of.rows, n: s.d.K, depth: s.d.N, depthFirst: [true, true], ragged: "rows" }, of);
 const weightGrad = (s: ProductSpec<"x" | "dy" | "dw">, of: Extent): MatrixProduct =>
   product(s, ["x", "dy", "dw"], { m: s.d.K, n: s.d.N, depth: of.rows, depthFirst: [false, false], ragged: "depth" }, of);
+
+/** The product of `x` and `w` that a formula reads as `up`. */
+const forwardInto = (s: ProductSpec<"x" | "w" | "up">, of: Extent, formula: AnyFormulaOp): MatrixProduct => ({
+  ...forward(s, of, "up"),
+  epilogue: { formula, storesProduct: true },
+});
+/** The input gradient that a formula reads as `dy`: it has the type of the gate. */
+const inputGradInto = (s: ProductSpec<"dz" | "w" | "gate">, of: Extent, formula: AnyFormulaOp): MatrixProduct => {
+  const product = inputGrad({ ...s, size: { ...s.size, dx: s.size.gate }, dtype: { ...s.dtype, dx: s.dtype.gate } }, of, "dz", "w");
+  return { ...product, c: { ...product.c, name: "dy" }, epilogue: { formula, storesProduct: false } };
+};
 
 /** The addends of a fused sum of input gradients, in order. */
 function sumOfGradients(s: KernelSpec, of: Extent): MatrixProduct {
@@ -88,17 +118,29 @@ export const productOps = {
 };
 /** The fused ops that are sums of matrix products. */
 export const sumOps = { gemm_dgrad_pair: gemmDgradPair, gemm_dgrad_triple: gemmDgradTriple, grouped_dgrad_pair: groupedDgradPair };
+/** The fused ops that apply a formula to a product. */
+export const epilogueOps = {
+  gemm_swiglu: gemmSwiglu,
+  grouped_gemm_swiglu: groupedGemmSwiglu,
+  gemm_dgrad_swiglu: gemmDgradSwiglu,
+  grouped_dgrad_swiglu: groupedDgradSwiglu,
+};
+const { swiglu } = gatedUnits;
 const products: Readonly<Record<string, (spec: KernelSpec) => MatrixProduct>> = {
-  gemm: forOp(gemm, (s) => forward(s, tokens(s))),
+  gemm: forOp(gemm, (s) => forward(s, tokens(s), "y")),
   gemm_dgrad: forOp(gemmDgrad, (s) => inputGrad(s, tokens(s), "dy", "w")),
   gemm_wgrad: forOp(gemmWgrad, (s) => weightGrad(s, tokens(s))),
-  grouped_gemm: forOp(groupedGemm, (s) => forward(s, rowsOfExperts(s))),
+  grouped_gemm: forOp(groupedGemm, (s) => forward(s, rowsOfExperts(s), "y")),
   grouped_dgrad: forOp(groupedDgrad, (s) => inputGrad(s, rowsOfExperts(s), "dy", "w")),
   grouped_wgrad: forOp(groupedWgrad, (s) => weightGrad(s, rowsOfExperts(s))),
   gemm_dgrad_pair: forOp(gemmDgradPair, (s) => sumOfGradients(s, tokens(s))),
   gemm_dgrad_triple: forOp(gemmDgradTriple, (s) => sumOfGradients(s, tokens(s))),
   grouped_dgrad_pair: forOp(groupedDgradPair, (s) => sumOfGradients(s, rowsOfExperts(s))),
-} satisfies Record<keyof typeof productOps | keyof typeof sumOps, unknown>;
+  gemm_swiglu: forOp(gemmSwiglu, (s) => forwardInto(s, tokens(s), swiglu.dense)),
+  grouped_gemm_swiglu: forOp(groupedGemmSwiglu, (s) => forwardInto(s, rowsOfExperts(s), swiglu.rows)),
+  gemm_dgrad_swiglu: forOp(gemmDgradSwiglu, (s) => inputGradInto(s, tokens(s), swigluGradAgain)),
+  grouped_dgrad_swiglu: forOp(groupedDgradSwiglu, (s) => inputGradInto(s, rowsOfExperts(s), swigluRowsGradAgain)),
+} satisfies Record<keyof typeof productOps | keyof typeof sumOps | keyof typeof epilogueOps, unknown>;
 
 /** Returns the matrix product of a kernel spec. Throws a BrokenInvariant for an op that is no product. */
 export function productOf(spec: KernelSpec): MatrixProduct {

@@ -4,6 +4,7 @@
  */
 import type { Result } from "./formula.ts";
 import { gatedUnits } from "./gatedUnits.ts";
+import { gemm, gemmDgrad, groupedDgrad, groupedGemm } from "./gemm.ts";
 import { gemm as product, runs } from "./matrixProduct.ts";
 import { headNorm, headNormGrad, rmsnorm, rmsnormGrad } from "./norm.ts";
 import { formulaOp, invariant, op } from "./op.ts";
@@ -68,6 +69,52 @@ export const swigluRowsGradAgain = formulaOp({
   sig: "gate[B~S~E,F] up[B~S~E,F] p[B~S~E] dy[B~S~E,F] -> dgate[B~S~E,F] dup[B~S~E,F] dp[B~S~E] y[B~S~E,F]",
   types: { dp: "f32" },
   formula: (t, d) => named(["dgate", "dup", "dp", "y"], { ...swiglu.rowsGrad.formula(t, d), ...swiglu.rows.formula(t, d) }),
+});
+
+/** The product up = x·w and y = silu(gate)·up, which reads the sums of the product. */
+export const gemmSwiglu = op({
+  name: "gemm_swiglu",
+  sig: "x[B,S,K!] w[K!,N] gate[B,S,N] -> up[B,S,N] y[B,S,N]",
+  flops: ({ B, S, K, N }) => 2 * B * S * K * N,
+  cpu({ x, w, gate, up, y }, d, p) {
+    gemm.cpu({ x, w, y: up }, d, p);
+    swiglu.dense.cpu({ gate, up, y }, { ...d, F: d.N }, p);
+  },
+});
+/** The same for the rows of experts, with their combine weights p. */
+export const groupedGemmSwiglu = op({
+  name: "grouped_gemm_swiglu",
+  sig: "x[B~S~E,K!] w[E,K!,N] gate[B~S~E,N] p[B~S~E] -> up[B~S~E,N] y[B~S~E,N]",
+  flops: ({ R, K, N }) => 2 * R * K * N,
+  cpu({ x, w, gate, p: weights, up, y }, d, p) {
+    groupedGemm.cpu({ x, w, y: up }, d, p);
+    swiglu.rows.cpu({ gate, up, p: weights, y }, { ...d, F: d.N }, p);
+  },
+});
+/** The product dy = dz·wᵀ and swiglu_grad_again of it: dy is never in memory. */
+export const gemmDgradSwiglu = op({
+  name: "gemm_dgrad_swiglu",
+  sig: "dz[B,S,N!] w[K,N!] gate[B,S,K] up[B,S,K] -> dgate[B,S,K] dup[B,S,K] y[B,S,K]",
+  suffix: "dgrad",
+  flops: ({ B, S, K, N }) => 2 * B * S * K * N,
+  cpu({ dz, w, gate, up, dgate, dup, y }, d, p) {
+    const dy = new Float32Array(gate.length);
+    gemmDgrad.cpu({ dy: dz, w, dx: dy }, d, p);
+    swigluGradAgain.cpu({ gate, up, dy, dgate, dup, y }, { ...d, F: d.K }, p);
+  },
+});
+/** The same for the rows of experts. */
+export const groupedDgradSwiglu = op({
+  name: "grouped_dgrad_swiglu",
+  sig: "dz[B~S~E,N!] w[E,K,N!] gate[B~S~E,K] up[B~S~E,K] p[B~S~E] -> dgate[B~S~E,K] dup[B~S~E,K] dp[B~S~E] y[B~S~E,K]",
+  suffix: "dgrad",
+  types: { dp: "f32" },
+  flops: ({ R, K, N }) => 2 * R * K * N,
+  cpu({ dz, w, gate, up, p: weights, dgate, dup, dp, y }, d, p) {
+    const dy = new Float32Array(gate.length);
+    groupedDgrad.cpu({ dy: dz, w, dx: dy }, d, p);
+    swigluRowsGradAgain.cpu({ gate, up, p: weights, dy, dgate, dup, dp, y }, { ...d, F: d.K }, p);
+  },
 });
 
 /** rmsnorm_grad, to which the gradient z of the residual stream is added before dx is rounded. */

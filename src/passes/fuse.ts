@@ -6,6 +6,7 @@ import type { Chunk, Program } from "../../schemas/plan.ts";
 import type { Fusion } from "../codegen/targetNames.ts";
 import { returnActivationsAgain } from "./fusion/activations.ts";
 import { BufferUses } from "./fusion/bufferUses.ts";
+import { fuseEpilogues } from "./fusion/epilogues.ts";
 import { fuseHeads } from "./fusion/heads.ts";
 import { fuseNormSums, fuseSlopeSums } from "./fusion/norms.ts";
 import { fuseStatistics } from "./fusion/statistics.ts";
@@ -25,8 +26,10 @@ function fuse(program: Program, kinds: ReadonlySet<Fusion>): Program {
     if (kinds.has("norm_sums")) forward = fuseNormSums(forward, uses);
     if (kinds.has("sums")) backward = fuseSums(backward, uses);
     if (kinds.has("norm_sums")) backward = fuseSlopeSums(backward, uses);
-    const chunk = { ...c, forward, backward };
-    return kinds.has("activations") ? returnActivationsAgain(chunk, uses) : chunk;
+    let chunk: Chunk = { ...c, forward, backward };
+    if (kinds.has("activations")) chunk = returnActivationsAgain(chunk, uses);
+    if (!kinds.has("epilogues")) return chunk;
+    return { ...chunk, forward: fuseEpilogues(chunk.forward, uses), backward: fuseEpilogues(chunk.backward, uses) };
   }
   const chunks = program.chunks.map(fused);
   return { ...program, chunks, buffers: uses.values() };

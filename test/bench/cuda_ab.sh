@@ -27,7 +27,7 @@ measure() { # job, variant, checkout, options of the bench
     const text = require("fs").readFileSync(file, "utf8").trim();
     if (text === "") { console.log(job, variant, "failed: see the .txt beside", file); process.exit(0); }
     const r = JSON.parse(text.split("\n").at(-1));
-    const shown = ["grouped_wgrad", "grouped_gemm", "grouped_dgrad", "add", "rmsnorm", "rope", "head_norm", "embed_grad", "attention_grad"];
+    const shown = ["grouped_wgrad", "grouped_gemm", "grouped_dgrad", "add", "rmsnorm", "rope", "head_norm", "embed_grad", "attention_grad", "gemm", "swiglu", "permute", "unpermute"];
     const sum = (op) => Object.entries(r.by_op).reduce((all, [name, ms]) => all + (name.startsWith(op) ? ms : 0), 0);
     console.log(job, variant, r.forward_backward_ms.toFixed(2), r.optimizer_ms.toFixed(2), r.tflops.toFixed(0), shown.map((op) => op + " " + sum(op).toFixed(2)).join(", "));
   ' "$job" "$variant" "$logs/$job.$variant.json"

@@ -38,13 +38,16 @@ async function train(plan: ReturnType<typeof planOf>) {
   return { losses: steps.map(({ loss, grad_norm }) => [loss, grad_norm] as const), gradients };
 }
 
-test("sums of input gradients become one product, norms add the residual stream, the loss reads logits once, swiglu is not kept", () => {
+test("sums of input gradients become one product, norms add the residual stream, the loss reads logits once, swiglu is not kept, and the products beside it compute it", () => {
   expect(changes(jobWith({}))).toMatchInlineSnapshot(`
     {
       "add": -14,
-      "gemm_dgrad": -10,
+      "gemm": -2,
+      "gemm_dgrad": -12,
       "gemm_dgrad_pair": 2,
+      "gemm_dgrad_swiglu": 2,
       "gemm_dgrad_triple": 2,
+      "gemm_swiglu": 2,
       "rmsnorm": -4,
       "rmsnorm_grad": -4,
       "rmsnorm_grad_add": 4,
@@ -52,8 +55,8 @@ test("sums of input gradients become one product, norms add the residual stream,
       "row_max": -1,
       "softmax_statistics": 1,
       "softmax_terms": -1,
+      "swiglu": -2,
       "swiglu_grad": -2,
-      "swiglu_grad_again": 2,
     }
   `);
   expect(changes(jobWith(moe))).toMatchInlineSnapshot(`
@@ -61,8 +64,11 @@ test("sums of input gradients become one product, norms add the residual stream,
       "add": -16,
       "gemm_dgrad": -6,
       "gemm_dgrad_triple": 2,
-      "grouped_dgrad": -4,
+      "grouped_dgrad": -6,
       "grouped_dgrad_pair": 2,
+      "grouped_dgrad_swiglu": 2,
+      "grouped_gemm": -2,
+      "grouped_gemm_swiglu": 2,
       "rmsnorm": -4,
       "rmsnorm_grad": -4,
       "rmsnorm_grad_add": 2,
@@ -71,8 +77,8 @@ test("sums of input gradients become one product, norms add the residual stream,
       "row_max": -1,
       "softmax_statistics": 1,
       "softmax_terms": -1,
+      "swiglu_rows": -2,
       "swiglu_rows_grad": -2,
-      "swiglu_rows_grad_again": 2,
     }
   `);
 });

@@ -13,7 +13,7 @@ import { productOf } from "../../src/codegen/matmul.ts";
 import { type ContractCase, hold } from "../support/contract.ts";
 import { cudaEmulator, emulatorMissing } from "../support/cudaEmulator.ts";
 import { random } from "../support/opCases.ts";
-import { adding, caseOf, products, type Sizes, specFor, sumCaseOf } from "../support/productCases.ts";
+import { adding, caseOf, epilogueCaseOf, products, type Sizes, specFor, sumCaseOf } from "../support/productCases.ts";
 import { byTier, full, isFull } from "../support/tiers.ts";
 
 interface Held extends ContractCase {
@@ -152,6 +152,32 @@ emulated(`Hopper's products${note}`, () => {
       );
     },
   );
+  test("epilogues: sets of buffers that are used again in a tile and in the next, rows of two experts in a box, columns that end within one", () => {
+    const finished = (name: string, op: OpName, sizes: Sizes, change: Partial<HopperTiling>, half: Float16 = "bf16"): Held => {
+      const c = epilogueCaseOf(name, op, sizes, half);
+      return { ...c, made: tiled(c.use, change) };
+    };
+    const square = { rows: 128, columns: 128, alternates: true } as const;
+    return holdAll(
+      inTier(
+        [
+          finished("e0", "gemm_swiglu", { S: 300, K: 136, N: 200 }, { tile: turns, stages: 2, sets: 1, buffers: 2 }),
+          finished("e1", "gemm_dgrad_swiglu", { S: 300, K: 200, N: 72 }, { tile: turns, stages: 2, sets: 2, buffers: 6 }),
+          finished("e2", "grouped_gemm_swiglu", { K: 72, N: 136, rows }, { tile: square, stages: 2, sets: 2, buffers: 4 }),
+          finished("e3", "grouped_dgrad_swiglu", { K: 264, N: 72, rows }, { tile: turns, stages: 3, sets: 1, buffers: 3 }),
+          finished("e4", "grouped_dgrad_swiglu", { K: 136, N: 136, rows }, { tile: square, stages: 2, sets: 2, buffers: 6 }),
+          finished(
+            "e5",
+            "grouped_dgrad_swiglu",
+            { K: 64, N: 64, rows: [0, 150, 0] },
+            { tile: turns, stages: 2, sets: 2, buffers: 6 },
+            "f16",
+          ),
+        ],
+        "e3",
+      ),
+    );
+  });
   test("in f16: of every layout of the operands one, sums that leave as halves and as f32", full, () =>
     holdAll([
       held("f0", "gemm", { S: 300, K: 136, N: 200 }, false, { tile: small, stages: 3, raster: 4 }, "f16"),

@@ -80,7 +80,7 @@ async function compile(group: readonly Compiled[]): Promise<string> {
   const text = [
     `#include ${JSON.stringify(headers[0])}`,
     ...group.map((k) => k.made.source),
-    ...group.map((k) => `namespace ${k.use.name}_ns {} using namespace ${k.use.name}_ns;`),
+    ...group.flatMap(({ made }) => namespacesOf(made).map((name) => `using namespace ${name};`)),
     "const emulator::Entry emulator::entries[] = {",
     ...entries.map(({ made, entry }) => `  emulator::entry<${entry}>("${entry}", ${clusterOf(made, entry)}),`),
     "  {}};",
@@ -99,6 +99,10 @@ async function compile(group: readonly Compiled[]): Promise<string> {
   renameSync(`${own}.so`, `${path}.so`);
   return `${path}.so`;
 }
+
+/** The namespaces of a source: several where it is made of the sources of several kernels. */
+const namespacesOf = ({ source }: GeneratedKernel): string[] =>
+  [...source.matchAll(/^namespace (\w+_ns) \{/gm)].map(([, name = ""]) => name);
 
 /** Blocks in a cluster of an entry, which stands in its source: `__cluster_dims__(2, 1, 1)`. */
 const clusterOf = ({ source }: GeneratedKernel, entry: string): number =>

@@ -26,14 +26,22 @@ type ProductSizes = (d: Readonly<Record<string, number>>, rows: number) => reado
 const tokens = (d: Readonly<Record<string, number>>): number => sizeOf(d, "B") * sizeOf(d, "S");
 const sizeOf = (d: Readonly<Record<string, number>>, dim: string): number => d[dim] ?? 1;
 
+const forward: ProductSizes = (d) => [tokens(d), sizeOf(d, "N"), sizeOf(d, "K")];
+const inputGrad: ProductSizes = (d) => [tokens(d), sizeOf(d, "K"), sizeOf(d, "N")];
+const groupedForward: ProductSizes = (d, rows) => [rows, sizeOf(d, "N"), sizeOf(d, "K")];
+const groupedInputGrad: ProductSizes = (d, rows) => [rows, sizeOf(d, "K"), sizeOf(d, "N")];
 const products: Readonly<Record<string, ProductSizes>> = {
-  gemm: (d) => [tokens(d), sizeOf(d, "N"), sizeOf(d, "K")],
-  gemm_dgrad: (d) => [tokens(d), sizeOf(d, "K"), sizeOf(d, "N")],
+  gemm: forward,
+  gemm_swiglu: forward,
+  gemm_dgrad: inputGrad,
+  gemm_dgrad_swiglu: inputGrad,
   gemm_dgrad_pair: (d) => [tokens(d), sizeOf(d, "K"), sizeOf(d, "N") + sizeOf(d, "F")],
   gemm_dgrad_triple: (d) => [tokens(d), sizeOf(d, "K"), sizeOf(d, "N") + sizeOf(d, "F") + sizeOf(d, "D")],
   gemm_wgrad: (d) => [sizeOf(d, "K"), sizeOf(d, "N"), tokens(d)],
-  grouped_gemm: (d, rows) => [rows, sizeOf(d, "N"), sizeOf(d, "K")],
-  grouped_dgrad: (d, rows) => [rows, sizeOf(d, "K"), sizeOf(d, "N")],
+  grouped_gemm: groupedForward,
+  grouped_gemm_swiglu: groupedForward,
+  grouped_dgrad: groupedInputGrad,
+  grouped_dgrad_swiglu: groupedInputGrad,
   grouped_dgrad_pair: (d, rows) => [rows, sizeOf(d, "K"), sizeOf(d, "N") + sizeOf(d, "F")],
   grouped_wgrad: (d, rows) => [sizeOf(d, "K"), sizeOf(d, "N"), rows],
 };

@@ -9,9 +9,10 @@ import type { TensorMap } from "../../../schemas/plan.ts";
 import { render } from "../../../templates/bindings.ts";
 import { invariant } from "../../ops/op.ts";
 import { type GeneratedKernel, type KernelSpec, operandOf } from "../kernelSpec.ts";
-import { rowIndex, scratchStart } from "../launchArgs.ts";
-import type { MatrixProduct } from "../matmul.ts";
+import { type GeneratedLaunch, rowIndex, scratchStart } from "../launchArgs.ts";
+import type { Epilogue, MatrixProduct } from "../matmul.ts";
 import { dividedGrid } from "./dividedGrid.ts";
+import { type EpilogueText, elementsOf, epilogueText, sumsOfRows } from "./epilogue.ts";
 import { addendsOf, moreOperands, mostTiles, sidesOf } from "./matmul.ts";
 import { clearBytes, sumParts } from "./reduce.ts";
 import { source } from "./text.ts";
@@ -31,6 +32,11 @@ interface Tile {
 }
 /** Returns the columns of the products of one warpgroup. */
 const columnsOf = ({ rows, columns }: Tile): number => (rows === 128 ? columns : columns / 2);
+/** The tiles of products with an epilogue, which takes as long as many products: the other warpgroup multiplies meanwhile. */
+const epilogueTiles: readonly Tile[] = [
+  { rows: 128, columns: 192, alternates: true },
+  { rows: 128, columns: 128, alternates: true },
+];
 const tiles: readonly Tile[] = [
   { rows: 128, columns: 256 },
   { rows: 128, columns: 192, alternates: true },
@@ -48,6 +54,8 @@ export interface HopperTiling {
   readonly stages: number;
   /** Staging buffers for c per warp, 2 KiB each. */
   readonly buffers: number;
+  /** Of a product with an epilogue, the sets of buffers for its operands and results per warp; then `buffers` are those of all sets. */
+  readonly sets?: number;
   readonly blocks: number;
   /** Parts of the depth, whose sums pass through scratch; 1 if the depth is whole. */
   readonly parts: number;
@@ -58,7 +66,7 @@ export interface HopperTiling {
  * is added to a 16-bit c uses another kernel, which rounds once.
  */
 export const fitsHopper = (p: MatrixProduct): boolean =>
-  (p.c.dtype === "f32" || p.c.dtype === p.a.dtype) &&
+  (p.c.dtype === p.a.dtype || (p.c.dtype === "f32" && !p.epilogue)) &&
   (p.addends ?? [p]).every((of) => [sidesOf(of, "a")[0], sidesOf(of, "b")[0]].every((n) => n % 8 === 0)) &&
   (p.n * bytesOf[p.c.dtype]) % 16 === 0 &&
   // the offsets of experts are kept in shared memory
@@ -66,9 +74,10 @@ export const fitsHopper = (p: MatrixProduct): boolean =>
 
 /** Returns the kernel of a product with operands of type `half`. */
 export function hopper(spec: KernelSpec, p: MatrixProduct, half: Float16, tiling: HopperTiling = hopperTiling(p)): GeneratedKernel {
-  const { tile, cluster, stages, buffers, raster, parts } = tiling;
+  const { tile, cluster, stages, buffers, raster, parts, sets = 0 } = tiling;
   const tilesInAll = mostTiles(sumsOf(p, parts), tile.rows, tile.columns) * parts;
   const blocks = spec.sharesDevice ? dividedGrid(tiling.blocks, tilesInAll, MULTIPROCESSORS) : tiling.blocks;
+  const epilogue = p.epilogue && epilogueText(spec, p, p.epilogue);
   const splits = parts > 1;
   const n = columnsOf(tile);
   const count = n / 2;
@@ -87,7 +96,7 @@ export function hopper(spec: KernelSpec, p: MatrixProduct, half: Float16, tiling
   const ragged = p.ragged !== undefined;
   const tickets = !spec.sharesDevice && takesTickets(p, tiling);
   // what is stored without a tensor map, and 16-bit sums that are read before
-  const target = splits ? scratchStart : p.ragged === "rows" || (p.adds && p.c.dtype !== "f32") ? p.c.name : undefined;
+  const target = splits ? scratchStart : !epilogue && (p.ragged === "rows" || (p.adds && p.c.dtype !== "f32")) ? p.c.name : undefined;
   const { addends, depth } = addendsOf(p, DEPTH);
   const body = render("cuda/gemm_wgmma.cu", {
     ...{ name: spec.name, m: p.m, n: p.n, depth, experts: splits ? parts : p.experts, offsets: p.offsets },
@@ -103,14 +112,21 @@ export function hopper(spec: KernelSpec, p: MatrixProduct, half: Float16, tiling
     ...{ tileM: tile.rows, tileN: tile.columns, warpgroupsN: 128 / tile.rows, alternates: flag(tile.alternates === true) },
     ...{ stages, buffers, cluster, raster, product, hopper: render("cuda/hopper.cuh", {}) },
     clusterDims: cluster > 1 ? `__cluster_dims__(${cluster}, 1, 1) ` : "",
-    parameters: `${target === undefined ? "" : ", Out* c"}${ragged ? ", const int* rows" : ""}${tickets ? ", u64* tickets" : ""}`,
+    ...{ sets, epilogue: epilogue?.body ?? "", maps: epilogue?.maps ?? "const __grid_constant__ TensorMap map" },
+    parameters: [
+      ...(target === undefined ? [] : [", Out* c"]),
+      ...(epilogue?.pointers ?? []).map((pointer) => `, ${pointer}`),
+      ...(ragged ? [", const int* rows"] : []),
+      ...(tickets ? [", u64* tickets"] : []),
+    ].join(""),
     ...{ tickets: flag(tickets), ticketsPointer: tickets ? "tickets" : "nullptr" },
     ragged,
-    pointer: target === undefined ? "nullptr" : "c",
+    target: epilogue ? `Operands{${epilogue.operands.join(", ")}}` : `map, ${target === undefined ? "nullptr" : "c"}`,
   });
   const args = [
-    ...mapsOf(p, tiling),
+    ...mapsOf(p, tiling, epilogue),
     ...(target === undefined ? [] : [target]),
+    ...(epilogue?.args ?? []),
     ...(ragged ? [rowIndex] : []),
     ...(tickets ? [scratchStart] : []),
   ];
@@ -123,12 +139,15 @@ export function hopper(spec: KernelSpec, p: MatrixProduct, half: Float16, tiling
       launches: [start.launch, { ...launch, grid: [...launch.grid] }],
     };
   }
-  if (!splits) return { source: source(spec, body), launches: [{ ...launch, grid: [...launch.grid] }] };
+  const plain = { ...launch, grid: [...launch.grid] } satisfies GeneratedLaunch;
+  const rowSums = epilogue && sumsOfRows(spec, epilogue, p.m, Math.ceil(p.n / tile.columns));
+  if (rowSums) return { source: source(spec, `${body}\n${rowSums.body}`), scratch: rowSums.scratch, launches: [plain, rowSums.launch] };
+  if (!splits) return { source: source(spec, body), launches: [plain] };
   const total = sumParts(spec, parts, p.m * p.n, operandOf(spec, p.c.name));
   return {
     source: source(spec, `${body}\n${total.body}`),
     scratch: parts * p.m * p.n * bytesOf.f32,
-    launches: [{ ...launch, grid: [...launch.grid] }, total.launch],
+    launches: [plain, total.launch],
   };
 }
 
@@ -148,8 +167,11 @@ const sumsOf = (p: MatrixProduct, parts: number): MatrixProduct =>
 
 const flag = (yes: boolean): string => (yes ? "true" : "false");
 
-/** Returns the tensor maps. Boxes are 128 bytes wide; a: all rows of a tile; b: the share of one thread block of the cluster; c: the rows that a warp stores. */
-function mapsOf(p: MatrixProduct, { tile, cluster }: HopperTiling): TensorMap[] {
+/**
+ * Returns the tensor maps. Boxes are 128 bytes wide; a: all rows of a tile; b: the share of one thread block of the cluster; c, or the operands
+ * and results of an epilogue: the rows that a warp stores.
+ */
+function mapsOf(p: MatrixProduct, { tile, cluster }: HopperTiling, epilogue?: EpilogueText): TensorMap[] {
   const [weights, sums] = [p.ragged === "rows" ? p.experts : 1, p.ragged === "depth" ? p.experts : 1];
   const map = (tensor: string, dtype: Dtype, [inner, rows]: readonly [number, number], layers: number, high: number): TensorMap => ({
     ...{ kind: "tensor_map", tensor, dtype, sizes: [inner, rows, layers], swizzle: "128B" },
@@ -160,7 +182,8 @@ function mapsOf(p: MatrixProduct, { tile, cluster }: HopperTiling): TensorMap[] 
     map(of.a.name, of.a.dtype, sidesOf(of, "a"), 1, of.a.depthFirst ? tile.rows : DEPTH),
     map(of.b.name, of.b.dtype, sidesOf(of, "b"), weights, of.b.depthFirst ? tile.columns / cluster : DEPTH),
   ];
-  return [...(p.addends ?? [p]).flatMap(operands), map(p.c.name, p.c.dtype, [p.n, p.m], sums, 16)];
+  const stored = epilogue ? [...epilogue.inputs, ...epilogue.results] : [p.c.name];
+  return [...(p.addends ?? [p]).flatMap(operands), ...stored.map((name) => map(name, p.c.dtype, [p.n, p.m], sums, 16))];
 }
 
 /** Cycles between the last product of a tile and the first of the next, if no other warpgroup multiplies in between. */
@@ -169,7 +192,7 @@ const BETWEEN = 1000;
 /** Returns the tiling with the fewest estimated cycles; of equal ones the first. */
 export function hopperTiling(p: MatrixProduct): HopperTiling {
   const tilings = splitsOf(p).flatMap((parts) =>
-    tiles.map((tile) => {
+    (p.epilogue ? epilogueTiles : tiles).map((tile) => {
       const own = sumsOf(p, parts);
       const rows = tilesOf(own, tile);
       const columns = Math.ceil(p.n / tile.columns);
@@ -184,7 +207,7 @@ export function hopperTiling(p: MatrixProduct): HopperTiling {
     }),
   );
   const { tile, cluster, raster, blocks, parts, own } = tilings.reduce((best, other) => (other.cycles < best.cycles ? other : best));
-  return { tile, cluster, raster, blocks, parts, ...stagesOf(own, tile) };
+  return { tile, cluster, raster, blocks, parts, ...(p.epilogue ? setsOf(own, tile, p.epilogue) : stagesOf(own, tile)) };
 }
 
 /** Cycles of a second launch. */
@@ -193,7 +216,13 @@ const AGAIN = 5000;
 const LEAST_PART = 1024;
 /** Returns in how many parts the depth may be cut: that of a dense weight gradient with fewer tiles than multiprocessors. */
 const splitsOf = (p: MatrixProduct): readonly number[] =>
-  p.ragged || p.addends || p.a.depthFirst || p.b.depthFirst || mostTiles(p, 128, 64) > MULTIPROCESSORS || (p.m * p.n) % 4 !== 0
+  p.ragged ||
+  p.addends ||
+  p.epilogue ||
+  p.a.depthFirst ||
+  p.b.depthFirst ||
+  mostTiles(p, 128, 64) > MULTIPROCESSORS ||
+  (p.m * p.n) % 4 !== 0
     ? [1]
     : [1, 2, 3, 4, 5, 6, 7, 8].filter(
         (parts) => parts === 1 || (p.depth / parts >= LEAST_PART && Math.ceil(p.depth / partOf(p, parts)) === parts),
@@ -207,7 +236,7 @@ const tilesOf = (p: MatrixProduct, tile: Tile): number => Math.ceil((p.ragged ==
  * depth, each expert needs an even number of tiles. With few rows of tiles, adjacent tiles are rarely in one column.
  */
 function clusterOf(p: MatrixProduct, tile: Tile, rows: number, columns: number): 1 | 2 {
-  if (tile.columns % 128 !== 0 || rows < (p.ragged === "rows" ? 4 : 2)) return 1;
+  if (p.epilogue || tile.columns % 128 !== 0 || rows < (p.ragged === "rows" ? 4 : 2)) return 1;
   return p.ragged === "depth" && (rows * columns) % 2 !== 0 ? 1 : 2;
 }
 
@@ -230,7 +259,8 @@ function cyclesOf(p: MatrixProduct, tile: Tile, cluster: number, all: number): n
   const math = ((2 * rows * columns * depth) / (0.8 * 4096)) * (alternates ? 1.03 : rows * columns < 128 * 256 ? 1.06 : 1);
   const memory = (2 * (64 + columnsOf(tile)) * depth * 2) / 128;
   const l2 = ((rows + columns / cluster) * depth * 2) / (Math.min(64 * MULTIPROCESSORS, 6154) / MULTIPROCESSORS);
-  const store = (rows * columns * bytesOf[p.c.dtype] * (p.adds ? 2 : 1)) / 25;
+  const moved = p.epilogue ? movedBy(p, p.epilogue) : p.adds ? 2 : 1;
+  const store = (rows * columns * bytesOf[p.c.dtype] * moved) / 25;
   const rounds = Math.ceil(all / MULTIPROCESSORS);
   return alternates ? rounds * Math.max(math, memory, l2, store) + store : rounds * (Math.max(math, memory, l2) + store + BETWEEN);
 }
@@ -248,12 +278,31 @@ function stagesOf(p: MatrixProduct, tile: Tile): Pick<HopperTiling, "stages" | "
   invariant(false, `no room for ${least} stages of ${tile.rows} x ${tile.columns}`);
 }
 
+/** Returns stages and buffers of a product with an epilogue: at least four stages, then up to two sets of buffers, so that one is loaded while another is used. */
+function setsOf(p: MatrixProduct, tile: Tile, epilogue: Epilogue): Pick<HopperTiling, "stages" | "buffers" | "sets"> {
+  const { inputs, results } = elementsOf(p, epilogue);
+  const perSet = Math.max(inputs.length, results.length);
+  for (const sets of [2, 1])
+    for (let stages = 6; stages >= 4; stages--)
+      if (sharedOf(p, { tile, stages, buffers: sets * perSet, sets }) <= SHARED) return { stages, buffers: sets * perSet, sets };
+  invariant(false, `no room for the operands of ${epilogue.formula.name}`);
+}
+/** Returns how many tensors of the size of c an epilogue reads and stores. */
+function movedBy(p: MatrixProduct, epilogue: Epilogue): number {
+  const { inputs, results } = elementsOf(p, epilogue);
+  return inputs.length + results.length;
+}
+
 /** Returns the shared memory in bytes: stages, buffers of eight warps, two barriers per stage, two barriers of turns, numbers of tiles, offsets and order of experts. */
-const sharedOf = (p: MatrixProduct, { tile, stages, buffers }: Pick<HopperTiling, "tile" | "stages" | "buffers">): number =>
+const sharedOf = (
+  p: MatrixProduct,
+  { tile, stages, buffers, sets = 0 }: Pick<HopperTiling, "tile" | "stages" | "buffers" | "sets">,
+): number =>
   stages * (tile.rows + tile.columns) * 2 * DEPTH +
   8 * buffers * 2048 +
   16 * stages +
   (tile.alternates ? 16 : 0) +
   (p.ragged === "depth" && tile.alternates ? SLOT_BYTES : 0) +
+  8 * sets * 8 +
   (p.ragged ? 4 * (p.experts + 1) : 0) +
   (p.ragged === "depth" ? 4 * p.experts : 0);
