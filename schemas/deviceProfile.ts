@@ -134,6 +134,18 @@ export const DeviceProfile = z.strictObject({
       .min(1)
       .default(1)
       .describe("asynchronous collectives take so many times as long as alone: kernels beside them use the memory too"),
+    limits: z
+      .array(
+        z.strictObject({
+          multiprocessors: z.int().min(1),
+          slowdown: z.number().min(0).max(0.9),
+          collective_factor: z.number().min(1),
+        }),
+      )
+      .default([])
+      .describe(
+        "slowdown and collective_factor where parallel.communication_sms limits the collectives of a stream, by ascending numbers; between them interpolated over the logarithm, beyond the last as without a limit",
+      ),
     hidden: z
       .strictObject({ experts: hiddenShare, data: hiddenShare, tensor: hiddenShare })
       .prefault({})

@@ -3,6 +3,7 @@ import fc from "fast-check";
 import { expect, test } from "vitest";
 import type { DeviceProfile } from "../../schemas/deviceProfile.ts";
 import type { Instruction, Plan } from "../../schemas/plan.ts";
+import { besideOf } from "../../src/analysis/estimate/besideLaw.ts";
 import { type Estimate, estimate } from "../../src/analysis/estimate/estimate.ts";
 import { packageProfile } from "../../src/analysis/estimate/profiles.ts";
 import { type SimulatedStage, simulate } from "../../src/analysis/estimate/simulate.ts";
@@ -205,7 +206,7 @@ test("an asynchronous collective runs until an instruction waits for it by its i
   const work = { ...bytes, communication, axes: "dp", start: 0, end: 5, late: 0 };
   const clockWith = (more: object) => {
     const parts = new PartSums();
-    return { parts, clock: new StageClock(0, parts, 0, [{ ...work, stream: "comm", ...more }]) };
+    return { parts, clock: new StageClock(parts, 0, [{ ...work, stream: "comm", ...more }]) };
   };
   const inOrder = clockWith({});
   expect(inOrder.clock.run(kernel)).toEqual([5, 6]);
@@ -224,7 +225,7 @@ test("what waits in a queue is charged while it runs: each collective of a strea
   const [first, second, world] = ["all_gather", "reduce_scatter", "all_reduce"].map((name) => ({ name, axes: name }));
   const parts = new PartSums();
   const none = { touch: { reads: [], writes: [] } };
-  const clock = new StageClock(0, parts, 0, [
+  const clock = new StageClock(parts, 0, [
     { ...none, communication: first!, axes: "a", stream: "s", id: "1", start: 0, end: 2, late: 0 },
     { ...none, communication: second!, axes: "b", stream: "s", id: "2", start: 2, end: 5, late: 0 },
     { ...none, communication: world!, axes: "c", stream: "t", start: 4, end: 9, late: 3 },
@@ -260,4 +261,24 @@ test("what overlap hides is no part of the step: gradients of buckets wait for l
   const parallel = { world: 4, distributed_optimizer: true };
   const inOrder = waited(planOf(parallel, { moe: false }));
   expect(waited(planOf({ ...parallel, ...buckets }, { moe: false }))).toBeLessThan(0.9 * inOrder);
+});
+
+test("a limit of multiprocessors lengthens collectives as measured, between measurements monotonously; without one, and in order, nothing changes", () => {
+  const h200 = packageProfile("h200-141gb")!;
+  const { overlap } = h200;
+  for (const { multiprocessors, ...measured } of overlap.limits) expect(besideOf(overlap, multiprocessors)).toEqual(measured);
+  expect(besideOf(overlap, "none")).toEqual({ slowdown: overlap.slowdown, collective_factor: overlap.collective_factor });
+  expect(besideOf(overlap, 64)).toEqual(besideOf(overlap, "none"));
+  near(besideOf(overlap, 4).collective_factor, 2 * besideOf(overlap, 8).collective_factor);
+  const factors = Array.from({ length: 132 }, (_, n) => besideOf(overlap, n + 1).collective_factor);
+  for (const [n, factor] of factors.entries()) expect(factor).toBeLessThanOrEqual(factors[n - 1] ?? Number.POSITIVE_INFINITY);
+  expect(besideOf(h100.overlap, 8)).toEqual(besideOf(h100.overlap, "none"));
+
+  const limited = (communication_sms: number | "none", more: object): Estimate =>
+    estimate(planOf({ world: 8, distributed_optimizer: true, ...more, communication_sms }), { profile: h200 });
+  const time = ({ stages }: Estimate, isAsync: boolean): number =>
+    stages[0]!.classes.reduce((sum, { stream, total }) => sum + ((stream !== undefined) === isAsync ? total : 0), 0);
+  const [none, eight] = [limited("none", buckets), limited(8, buckets)];
+  near(time(eight, true) / time(none, true), besideOf(overlap, 8).collective_factor / overlap.collective_factor);
+  near(time(eight, false), time(none, false));
 });

@@ -25,20 +25,13 @@ export interface BlockRunTimes {
   readonly times: Float64Array;
 }
 
-/** How a stack runs blocks. */
-export interface BlockOptions {
-  readonly slowdown: number;
-  /** Seconds of the host for each launch; 0: launches are captured in a graph. */
-  readonly hostSeconds: number;
-}
-
 /**
  * Simulates a block whose messages are there when it needs them; the pipeline shifts the block if they are not. `pending`: communication of
- * earlier blocks, on the clock of this one.
+ * earlier blocks, on the clock of this one. `hostSeconds`: of the host for each launch; 0: launches are captured in a graph.
  */
-export function runBlock({ instructions, launches }: TimedBlock, pending: readonly PendingWork[], options: BlockOptions): BlockRunTimes {
+export function runBlock({ instructions, launches }: TimedBlock, pending: readonly PendingWork[], hostSeconds: number): BlockRunTimes {
   const parts = new PartSums();
-  const clock = new StageClock(options.slowdown, parts, 0, pending);
+  const clock = new StageClock(parts, 0, pending);
   const messages: BlockMessage[] = [];
   const times = new Float64Array(2 * instructions.length);
   for (const [index, i] of instructions.entries()) {
@@ -46,7 +39,7 @@ export function runBlock({ instructions, launches }: TimedBlock, pending: readon
     times[2 * index] = start;
     times[2 * index + 1] = end;
   }
-  clock.waitForHost(Math.max(0, launches * options.hostSeconds - clock.compute));
+  clock.waitForHost(Math.max(0, launches * hostSeconds - clock.compute));
   const seconds = clock.compute;
   const tail = clock.pending.filter(({ end }) => end > seconds);
   return { seconds, parts, messages, tail, times };

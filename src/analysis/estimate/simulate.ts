@@ -99,7 +99,7 @@ class StageRun {
     if (this.runs.length === this.#order.length && !this.step) {
       const block = this.#blocks.find(({ kind }) => kind === "step");
       invariant(block !== undefined, () => `stage ${this.stage} has no step block`);
-      const clock = new StageClock(this.#options.profile.overlap.slowdown, this.parts, this.#clock, this.#pending);
+      const clock = new StageClock(this.parts, this.#clock, this.#pending);
       this.step = new StepRun(this.stage, block, clock, this.#mail);
       return true;
     }
@@ -113,7 +113,7 @@ class StageRun {
     if (!block) {
       // a block without instructions takes no time
       const empty: TimedBlock = { kind: run.kind, chunk: run.chunk, isFirst: false, isLast: false, instructions: [], launches: 0 };
-      const times = runBlock(empty, [], { slowdown: 0, hostSeconds: 0 });
+      const times = runBlock(empty, [], 0);
       this.runs.push({ run, start: this.#clock, end: this.#clock, block: empty, times });
       return true;
     }
@@ -162,7 +162,7 @@ class StageRun {
     const { assumed, profile } = this.#options;
     const { host_us, host_ahead_us = host_us } = profile.kernels;
     const hostSeconds = assumed?.captured ? 0 : 1e-6 * (assumed?.runsAhead ? host_ahead_us : host_us);
-    const times = runBlock(block, pending, { slowdown: profile.overlap.slowdown, hostSeconds });
+    const times = runBlock(block, pending, hostSeconds);
     this.#replays.set(key, times);
     return times;
   }

@@ -17,6 +17,8 @@ export interface PendingWork extends Touch {
   readonly communication?: CommunicationClass;
   readonly start: number;
   readonly end: number;
+  /** The share of its rate that a kernel loses meanwhile; 0 if absent. */
+  readonly slowdown?: number;
   /** How much of the time until `end` was spent waiting for other stages, not for bytes. */
   readonly late: number;
 }
@@ -29,14 +31,12 @@ const conflicts = ({ touch: a }: Touch, { touch: b }: Touch): boolean => meets(a
 export class StageClock {
   /** When the compute stream is free. */
   compute: number;
-  readonly #slowdown: number;
   readonly #parts: PartSums;
   readonly #streams = new Map<string, number>();
   #pending: PendingWork[];
 
-  /** `slowdown`: the share of its rate that a kernel loses while communication runs. The clock adds to `parts` where the time goes. */
-  constructor(slowdown: number, parts: PartSums, start = 0, pending: readonly PendingWork[] = []) {
-    this.#slowdown = slowdown;
+  /** The clock adds to `parts` where the time goes. */
+  constructor(parts: PartSums, start = 0, pending: readonly PendingWork[] = []) {
     this.#parts = parts;
     this.compute = start;
     this.#pending = [...pending];
@@ -125,11 +125,11 @@ export class StageClock {
 
   /** Returns when a kernel ends that has its full rate outside of communication. */
   #endOf(start: number, seconds: number): number {
-    const rate = 1 - this.#slowdown;
     const busy = this.#pending.filter(({ end }) => end > start).sort((a, b) => a.start - b.start);
     let [at, left] = [start, seconds];
-    for (const { start: from, end: to } of busy) {
+    for (const { start: from, end: to, slowdown = 0 } of busy) {
       if (to <= at) continue;
+      const rate = 1 - slowdown;
       const alone = Math.max(0, from - at);
       if (left <= alone) return at + left;
       [at, left] = [at + alone, left - alone];

@@ -8,6 +8,7 @@ import { activationStart, type Block, blocksOf, runsIn } from "../../../schemas/
 import { elementsOf, rankAt } from "../../../schemas/sharding.ts";
 import { Repeats } from "../../repeats.ts";
 import { type BufferTable, buffersOf } from "../bufferTable.ts";
+import { besideOf } from "./besideLaw.ts";
 import { kernelShape } from "./kernelShape.ts";
 import { KernelTimes, type SourcedTime, type TimeSource } from "./kernelTime.ts";
 import { collectiveSeconds, transferSeconds } from "./linkTime.ts";
@@ -49,6 +50,8 @@ export interface TimedInstruction {
   readonly axes?: string;
   /** Of a collective or a transfer: the class that it is counted in, by name, axes and stream. */
   readonly communication?: CommunicationClass;
+  /** Of a collective or a transfer: the share of its rate that a kernel loses beside it. */
+  readonly slowdown?: number;
   /** Whether the ranks of a group are on more than one node. */
   readonly isAcross?: boolean;
   readonly touch: MemoryTouch;
@@ -110,6 +113,7 @@ export function blockTimer(
   { profile, imbalance, assumed = {} }: TimingOptions,
 ): (program: Program, memory: Memory) => TimedBlock[] {
   const kernels = new KernelTimes(profile);
+  const [inOrder, asynchronous] = [besideOf(profile.overlap, "none"), besideOf(profile.overlap, plan.job.parallel.communication_sms)];
   const launchesOf = new Map(plan.kernels.map(({ id, launches }) => [id, Math.max(1, launches.length)]));
   const known = new Map<string, SourcedTime & { readonly part: KernelPart }>();
   return (program, memory) => {
@@ -150,13 +154,15 @@ export function blockTimer(
         const communication = classOf({ name: i.name, axes: i.axes, ...(i.stream && { stream: i.stream }) });
         const bytes = pairsOf(i).reduce((sum, { from, to }) => sum + Math.max(buffers.bytesOf(from), buffers.bytesOf(to)), 0);
         const seconds = secondsOf(i, bytes, { group, isStep });
-        return { ...common, seconds, stream: i.stream ?? "comm", axes: i.axes, isAcross: group.nodes > 1, communication };
+        const { slowdown } = i.stream ? asynchronous : inOrder;
+        return { ...common, seconds, slowdown, stream: i.stream ?? "comm", axes: i.axes, isAcross: group.nodes > 1, communication };
       }
       const isAcross = crosses(plan, program.stage, i.peer);
       return {
         ...common,
         seconds: transferSeconds(profile.links, i.bytes, isAcross),
         stream: `${i.kind} ${i.peer} ${i.channel}`,
+        slowdown: inOrder.slowdown,
         ...{ axes: "pp", isAcross, communication: classOf({ name: "transfers", axes: "pp" }) },
       };
     };
@@ -184,6 +190,7 @@ function collectiveTimer(
   { profile, assumed = {} }: TimingOptions,
 ): (i: Collective, bytes: number, at: { readonly group: GroupTopology; readonly isStep: boolean }) => number {
   const known = new Repeats<number>();
+  const asynchronous = besideOf(profile.overlap, job.parallel.communication_sms);
   const hiddenShare = (i: Collective, isStep: boolean): number => {
     if (isOfRows(i)) return assumed.hidden?.includes("experts") ? profile.overlap.hidden.experts : 0;
     if (i.axes === "tp") return assumed.hidden?.includes("tensor") ? profile.overlap.hidden.tensor : 0;
@@ -194,7 +201,7 @@ function collectiveTimer(
     known.of(`${i.how} ${i.name} ${i.axes} ${i.subAxes} ${i.world} ${i.stream} ${bytes} ${isStep}`, () => {
       const copies = isOfRows(i) && assumed.sendsPerNode ? job.model.moe?.top_k : undefined;
       const alone = collectiveSeconds(profile.links, i.how, bytes, group, copies) * (1 - hiddenShare(i, isStep));
-      return alone * (i.stream ? profile.overlap.collective_factor : 1);
+      return alone * (i.stream ? asynchronous.collective_factor : 1);
     });
 }
 
