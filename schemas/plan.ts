@@ -67,6 +67,10 @@ export const Buffer = z.strictObject({
   chunk: count.optional().describe("kind activation, not in the first chunk: the chunk whose copies it belongs to"),
   layer: count.optional().describe("the layer of the model that it belongs to; its id then has a part layers.N"),
   within: id.optional().describe("shares the first bytes of this buffer, which is dead once this one is made: a reduction in place"),
+  part: z
+    .strictObject({ of: id, at: count.describe("the first element within it") })
+    .optional()
+    .describe("elements of another buffer, one after another: it has no memory of its own"),
   rows: id.optional().describe("for rows: the index buffer [1 + 3*bound] i32 (count, then b,s,e of each row)"),
 });
 /** A value of the schema `Buffer`. */

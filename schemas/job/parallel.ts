@@ -5,6 +5,9 @@ import { count } from "./numbers.ts";
 /** The largest context axis. Attention of each layer has a ring step for each of its ranks, and each step is instructions of the plan. */
 const MOST_CONTEXT = 256;
 
+/** The largest number of parts of an exchange: each is instructions of the plan. */
+const MOST_PARTS = 64;
+
 /** The size of a bucket in MiB, or none. */
 const bucket = z
   .union([
@@ -92,10 +95,10 @@ export const ParallelText = z.strictObject({
       "what runs beside the exchanges of rows between experts. shared: the shared experts, and in backward gradients of weights; none: nothing, each exchange ends before the next instruction",
     ),
   tensor_overlap: z
-    .enum(["none", "backward"])
+    .union([count.min(2).max(MOST_PARTS), z.enum(["none", "backward"])])
     .default("none")
     .describe(
-      "with sequence: what runs beside the all-gathers and reduce-scatters of the tensor ranks. backward: gradients of weights beside those of backward; none: nothing",
+      "with sequence: what runs beside the all-gathers and reduce-scatters of the tensor ranks. backward: gradients of weights beside those of backward; a number: the same, and those of forward have so many parts, beside the products of other parts; none: nothing",
     ),
   communication_sms: z
     .union([count.min(1), z.literal("none")])

@@ -36,6 +36,12 @@ export class BufferTable {
   values(): Iterable<Buffer> {
     return this.#byId.values();
   }
+  /** Returns the id of the buffer that holds the bytes of a buffer: itself, unless it lies in another. */
+  rootOf(id: string): string {
+    const { within, part } = this.get(id);
+    const outer = within ?? part?.of;
+    return outer === undefined ? id : this.rootOf(outer);
+  }
   /** Returns the number of elements of a buffer on one rank. */
   lengthOf(id: string): number {
     return elementsOf(this.get(id).shape);

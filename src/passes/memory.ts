@@ -2,6 +2,7 @@
  * Memory planning: assigns an offset to every buffer of a program. Parameters, gradients and optimizer state live for the whole run.
  * Activations (one copy per chunk and microbatch in flight) live from the forward op that writes them to the last backward op that
  * reads them. Workspace lives within one block. Buffers of an asynchronous collective live until an instruction waits for it. Two buffers share bytes only if their lifetimes do not overlap.
+ * A part of a buffer has the bytes of that buffer.
  */
 
 import { bytesOf } from "../../schemas/dtypes.ts";
@@ -58,6 +59,7 @@ export function planMemory(program: Program, kernels: readonly Kernel[] = []): M
   for (const { instructions } of blocksOf(program))
     total.workspace = Math.max(total.workspace, pack(lifetimes(tables, "workspace", instructions), offsets, fixed));
 
+  for (const b of program.buffers) if (b.part) offsets[b.id] = offsetIn(offsets, b.part.of) + b.part.at * bytesOf[b.dtype];
   const arenas = { ...total, activation, scratch: scratchOf(program, kernels) };
   return { stage: program.stage, ...arenas, peak: peakOfParts(memoryBreakdown(program, arenas)), offsets };
 }
@@ -127,6 +129,10 @@ function lifetimes({ byId, inputs }: Tables, kind: BufferKind, timeline: readonl
       return;
     }
     const buffer = byId.get(id);
+    if (buffer.part) {
+      touch(buffer.part.of);
+      return;
+    }
     if (buffer.kind !== kind || (buffer.chunk ?? 0) !== chunk) return;
     alive.set(id, { buffer, from: inputs.has(id) ? -1 : at, to: at });
   };

@@ -10,6 +10,7 @@ import { bucketGradients } from "./overlap/gradientBuckets.ts";
 import { bucketParameters } from "./overlap/parameterBuckets.ts";
 import { gatherInForward } from "./overlap/parameterGather.ts";
 import { overlapTensor } from "./overlap/tensorOverlap.ts";
+import { splitProducts } from "./overlap/tensorParts.ts";
 import { streamsOf } from "./verifyStreams.ts";
 
 const MIB = 1 << 20;
@@ -21,6 +22,7 @@ export function overlap({ parallel }: Pick<Job, "parallel">, mesh: Mesh, program
   // experts first, which move more bytes; buckets last: they close where gradients are complete in the order that the others leave
   const passes: ((p: Program) => Program)[] = [
     ...(expert_overlap === "none" ? [] : [(p: Program) => overlapExperts(p, mesh)]),
+    ...(typeof tensor_overlap === "string" ? [] : [(p: Program) => splitProducts(p, mesh, tensor_overlap)]),
     ...(tensor_overlap === "none" ? [] : [(p: Program) => overlapTensor(p, mesh)]),
     ...(gradient_bucket === "none" ? [] : [(p: Program) => bucketGradients(p, gradient_bucket * MIB)]),
     ...(parameter_bucket === "none" || parameter_gather === "step" ? [] : [(p: Program) => gatherInForward(p, parameter_bucket * MIB)]),

@@ -7,7 +7,7 @@
  */
 
 import { accumulatesInto, pairsOf, readsOf, writesOf } from "../../schemas/effects.ts";
-import type { BlockRun, Instruction, Program, Transfer } from "../../schemas/plan.ts";
+import type { BlockRun, Buffer, Instruction, Program, Transfer } from "../../schemas/plan.ts";
 import {
   type Block,
   blockOf,
@@ -19,7 +19,7 @@ import {
   microbatchesIn,
   orderOf,
 } from "../../schemas/program.ts";
-import { isDisjointSubAxes, rankAt } from "../../schemas/sharding.ts";
+import { elementsOf, isDisjointSubAxes, rankAt } from "../../schemas/sharding.ts";
 import { BufferTable } from "../analysis/bufferTable.ts";
 import { sizesAgree } from "../analysis/cost.ts";
 import { BrokenInvariant } from "../ops/invariant.ts";
@@ -82,6 +82,8 @@ function verifyDefinitions(p: Program, mesh: Mesh): void {
   let written: ReadonlySet<string> | undefined;
   const everWritten = (): ReadonlySet<string> => (written ??= new Set(all.flatMap((i) => writesOf(i, known))));
   for (const id of addends) made.add(id);
+  const isMade = (id: string): boolean => made.has(id) || made.has(known.get(id)?.part?.of ?? id);
+  const parts = partsOf(p);
   let own: Block | undefined;
   for (const block of blocksOf(p)) {
     // buffers do not pass from one chunk to the next, nor to the step block, unless they are lasting
@@ -101,16 +103,42 @@ function verifyDefinitions(p: Program, mesh: Mesh): void {
         if (!b) unknown(id);
         // a bucket has gradients of chunks whose backward ran before; verifyStreams proves that nothing writes them afterwards
         const isComplete = i.only === "last" && b?.kind === "gradient" && everWritten().has(id);
-        if (!made.has(id) && !isComplete) invariant(false, `${who}: ${i.id} reads ${id} before it is written`);
+        if (!isMade(id) && !isComplete) invariant(false, `${who}: ${i.id} reads ${id} before it is written`);
         if (b?.rows && !made.has(b.rows)) invariant(false, `${who}: ${i.id} reads rows ${b.rows} before they are written`);
       }
       for (const id of accumulatesInto(i))
         if (!lasting.has(known.get(id)?.kind ?? ""))
           invariant(false, `${who}: ${i.id} accumulates into ${id}, which is not a lasting buffer`);
       // gradients are zeroed at the start of a step, so accumulation defines them
-      for (const id of outs) made.add(id);
+      for (const id of outs) {
+        made.add(id);
+        const of = known.get(id)?.part?.of;
+        if (
+          of !== undefined &&
+          isCovered(
+            known.get(of),
+            (parts.get(of) ?? []).filter((part) => made.has(part.id)),
+          )
+        )
+          made.add(of);
+      }
     }
   }
+}
+
+/** Returns the parts of each buffer that has some, in their order. */
+function partsOf({ buffers }: Program): Map<string, Buffer[]> {
+  const parts = new Map<string, Buffer[]>();
+  for (const b of buffers) if (b.part) parts.set(b.part.of, [...(parts.get(b.part.of) ?? []), b]);
+  for (const list of parts.values()) list.sort((a, b) => (a.part?.at ?? 0) - (b.part?.at ?? 0));
+  return parts;
+}
+
+/** Returns whether parts in their order leave no element of a buffer out. */
+function isCovered(of: Buffer | undefined, parts: readonly Buffer[]): boolean {
+  let end = 0;
+  for (const { part, shape } of parts) if (part && part.at <= end) end = Math.max(end, part.at + elementsOf(shape));
+  return of !== undefined && end >= elementsOf(of.shape);
 }
 
 /** Throws an invariant unless every microbatch runs every block of every chunk once, in order, and activation copies suffice. */

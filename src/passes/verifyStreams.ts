@@ -137,10 +137,7 @@ class Walk {
 
   /** Throws an invariant if an instruction and an open collective of another stream touch a buffer that one of them writes. */
   #expectApart(i: Instruction, open: Collective, who: () => string): void {
-    const root = (id: string): string => {
-      const { within } = this.#buffers.get(id);
-      return within === undefined ? id : root(within);
-    };
+    const root = (id: string): string => this.#buffers.rootOf(id);
     const written = new Set(writesOf(open, this.#buffers).map(root));
     const touched = new Set([...touchedBy(open, this.#buffers)].map(root));
     const clash = [

@@ -1,4 +1,5 @@
 /** Checks of the memory section: every buffer lies in the arena of its kind, and the parts add up to the peak. */
+import { bytesOf } from "../../schemas/dtypes.ts";
 import type { Buffer, BufferKind, Memory, Plan, Program } from "../../schemas/plan.ts";
 import { memoryBreakdown, peakOfParts } from "../analysis/memoryBreakdown.ts";
 import { invariant } from "../ops/op.ts";
@@ -48,7 +49,10 @@ function verifyOffsets(p: Program, m: Memory, who: string): void {
       from % ALIGN === 0 && to <= bytes,
       () => `${who}: ${b.id} at ${from} is misaligned or outside of the ${b.kind} arena of ${bytes} bytes`,
     );
-    if (b.within !== undefined)
+    if (b.part !== undefined) {
+      const place = (m.offsets[b.part.of] ?? 0) + b.part.at * bytesOf[b.dtype];
+      invariant(from === place, () => `${who}: ${b.id} does not lie where its part of ${b.part?.of} does`);
+    } else if (b.within !== undefined)
       invariant(from === m.offsets[b.within], () => `${who}: ${b.id} does not start at the offset of ${b.within}`);
     else if (b.kind === "parameter" || b.kind === "gradient" || b.kind === "optimizer") lasting.push({ kind: b.kind, id: b.id, from, to });
   }

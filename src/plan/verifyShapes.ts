@@ -64,6 +64,7 @@ export function verifyShapes(program: Program, plan: PlanContext): void {
       b.within === undefined || (outer !== undefined && before.has(b.within) && outer.kind === b.kind && sizeOf(outer) >= sizeOf(b)),
       () => `${context.who}: ${b.id} cannot lie within ${b.within}`,
     );
+    must(faultOfPart(b, buffers));
     before.add(b.id);
   }
   const formOf = (id: string): number | undefined => forms.get(id);
@@ -124,6 +125,15 @@ function faultOfBuffer({ id, ragged, shape, partial, kind, chunk, fanout, rows }
   if (index?.dtype !== "i32" || index.shape.length !== 1 || index.rows !== undefined || index.shape[0]! <= 3 * (shape[0] ?? 0))
     return `${rows} is not an index of its rows`;
   return undefined;
+}
+
+/** Returns the fault of a part of a buffer; undefined if there is none. */
+function faultOfPart(b: Buffer, buffers: ReadonlyMap<string, Buffer>): string | undefined {
+  if (!b.part) return undefined;
+  const outer = buffers.get(b.part.of);
+  const isAlike = outer?.kind === b.kind && outer.dtype === b.dtype && outer.chunk === b.chunk && !outer.part;
+  const isInside = outer && b.part.at + elementsOf(b.shape) <= elementsOf(outer.shape);
+  return isAlike && isInside && !b.within && !outer.within && b.ragged + outer.ragged === 0 ? undefined : `it is no part of ${b.part.of}`;
 }
 
 type Dims = Readonly<Record<string, number>>;

@@ -53,8 +53,8 @@ export function tensorsOf({ buffers, chunks }: Pick<Program, "buffers" | "chunks
   return [...groups.values()].sort((a, b) => b.total_bytes - a.total_bytes);
 }
 
-/** A buffer within another takes no bytes of its own. */
-const sizeOf = (b: Buffer): number => (b.within === undefined ? bytesOf[b.dtype] * elementsOf(b.shape) : 0);
+/** A buffer that lies in another takes no bytes of its own. */
+const sizeOf = (b: Buffer): number => (b.within === undefined && b.part === undefined ? bytesOf[b.dtype] * elementsOf(b.shape) : 0);
 
 /** Returns the tensors of all stages; stages whose tensors differ only in their layers are one entry. */
 export function stageTensors({ programs }: Pick<Plan, "programs">): StageTensors[] {

@@ -236,7 +236,7 @@ function bufferWhy(plan: Plan, program: Program, buffer: Buffer, alike: FoundId[
   const memory = plan.memory.find(({ stage }) => stage === program.stage);
   const all = instructionsOf(program);
   const readers = all.filter((i) => readsOf(i).includes(buffer.id)).map(({ id }) => id);
-  const bytes = buffer.within === undefined ? bytesOf[buffer.dtype] * elementsOf(buffer.shape) : 0;
+  const bytes = buffer.within === undefined && buffer.part === undefined ? bytesOf[buffer.dtype] * elementsOf(buffer.shape) : 0;
   const copies = buffer.kind === "activation" ? (program.chunks[buffer.chunk ?? 0]?.copies ?? 1) : 1;
   const own = new Set(program.buffers.map(({ id }) => id));
   const equal = alike.filter(({ id }) => own.has(id)).length;

@@ -7,6 +7,30 @@ import { type Rule, rule } from "./rule.ts";
 const streamsOf = (p: Job["parallel"]): number =>
   [p.gradient_bucket, p.parameter_bucket, p.expert_overlap, p.tensor_overlap].filter((key) => key !== "none").length;
 
+/** Rows of a tile of a product on CUDA. */
+const TILE_ROWS = 128;
+
+/** Returns the tokens that a rank has between products: sequences of a microbatch, and positions of each. */
+const tokensOf = ({ model, parallel: { context, tensor }, train }: Job): readonly [sequences: number, positions: number] => [
+  train.micro_batch,
+  model.seq / (context * tensor),
+];
+
+/** Returns whether the tokens of a rank have so many equal parts, within one sequence or of whole sequences. */
+function dividesTokens(job: Job, parts: number): boolean {
+  const [sequences, positions] = tokensOf(job);
+  const rows = (sequences * positions) / parts;
+  return Number.isInteger(rows) && (positions % rows === 0 || rows % positions === 0);
+}
+
+/** Returns the fix with the most parts, fewer than so many, that divide the tokens of a rank and leave the rows of a tile. */
+function fewerParts(job: Job, parts: number): { "parallel.tensor_overlap": number }[] {
+  const [sequences, positions] = tokensOf(job);
+  const rows = sequences * positions * job.parallel.tensor;
+  for (let n = parts - 1; n > 1; n--) if (dividesTokens(job, n) && rows / n >= TILE_ROWS) return [{ "parallel.tensor_overlap": n }];
+  return [];
+}
+
 /** Rules of overlap. */
 export const overlap: readonly Rule[] = [
   rule({
@@ -93,6 +117,45 @@ export const overlap: readonly Rule[] = [
       };
     },
     bad: "parallel: {tensor_overlap: backward}",
+  }),
+  rule({
+    code: "P137",
+    title: "tensor_overlap does not divide the tokens of a rank",
+    why: "Between products a rank has train.micro_batch x model.seq / (context x tensor) tokens. A part is an equal number of them, within one sequence or of whole sequences; otherwise the exchanges of forward stay whole.",
+    level: "warning",
+    *check(job) {
+      const { tensor_overlap: parts, sequence, tensor } = job.parallel;
+      if (typeof parts === "string" || !sequence || tensor === 1 || dividesTokens(job, parts)) return;
+      yield {
+        at: "parallel.tensor_overlap",
+        related: ["model.seq", "train.micro_batch", "parallel.tensor"],
+        found: `${parts} parts of ${tokensOf(job).join(" x ")} tokens`,
+        fix: "choose a number that divides them, or backward",
+        tries: [...fewerParts(job, parts), { "parallel.tensor_overlap": "backward" }],
+      };
+    },
+    bad: "model: {seq: 64}\nparallel: {world: 4, tensor: 4, sequence: true, tensor_overlap: 3}",
+  }),
+  rule({
+    code: "P138",
+    title: "tensor_overlap leaves few rows for a product",
+    why: "A product of fewer rows than a tile of its kernel, 128, takes as long as one of a whole tile, so that parts take longer than they hide.",
+    level: "warning",
+    *check(job) {
+      const { tensor_overlap: parts, sequence, tensor } = job.parallel;
+      if (typeof parts === "string" || !sequence || tensor === 1 || !dividesTokens(job, parts)) return;
+      const [sequences, positions] = tokensOf(job);
+      const rows = (sequences * positions * tensor) / parts;
+      if (rows >= TILE_ROWS) return;
+      yield {
+        at: "parallel.tensor_overlap",
+        related: ["model.seq", "train.micro_batch"],
+        found: `${rows} rows in each of ${parts} parts`,
+        fix: "choose fewer parts, or backward",
+        tries: [...fewerParts(job, parts), { "parallel.tensor_overlap": "backward" }],
+      };
+    },
+    bad: "model: {seq: 256}\nparallel: {world: 2, tensor: 2, sequence: true, tensor_overlap: 4}",
   }),
   rule({
     code: "P133",

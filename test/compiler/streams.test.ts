@@ -162,3 +162,47 @@ test("a bucket is one collective, begun after the last of its gradients; without
   expect(reduced.length).toBe(programs[0]!.parameters.length);
   expect(step.some((i) => i.kind === "collective" && i.how === "reduce_scatter")).toBe(false);
 });
+
+describe("products in parts beside the exchanges between tensor ranks", () => {
+  const { programs, mesh } = planOf({ world: 2, tensor: 2, sequence: true, tensor_overlap: 2 }, { precision: "bf16" });
+  const isPart = (i: Instruction): i is Collective => i.kind === "collective" && i.stream === "tensor" && /\.part\d$/.test(i.id);
+  const isScatter = (i: Instruction): boolean => isPart(i) && i.how === "reduce_scatter";
+  const isProduct = (i: Instruction): boolean => i.kind === "compute" && /\.wo\.part1$/.test(i.id);
+  const forward = (p: Program): Instruction[] => p.chunks[0]!.forward;
+  const broken: Readonly<Record<string, readonly [edit: (p: Program) => void, says: RegExp]>> = {
+    "nothing waits for a part": [
+      (p) => {
+        for (const i of forward(p)) if (i.kind === "compute") delete i.waits;
+      },
+      /stage 0 .* at \S+, F0 touches \S+\.part0 while \S+\.all_gather\.part0 on the stream tensor may run: it must wait/,
+    ],
+    "the whole is read, and a part of it is not reduced": [
+      (p) => forward(p).splice(forward(p).findIndex(isScatter), 1),
+      /stage 0 .*: layers\.0\.attn\.residual reads \S+ before it is written|waits for \S+, which has not begun/,
+    ],
+    "a part is sent before its product": [
+      (p) => {
+        const list = forward(p);
+        const at = list.findIndex(isProduct);
+        list.splice(at + 2, 0, ...list.splice(at, 1));
+      },
+      /stage 0 .*: \S+\.part1 reads \S+\.part1 before it is written/,
+    ],
+    "a part of a result is reduced into the place of another": [
+      (p) => {
+        const [first, second] = forward(p).filter(isScatter) as Collective[];
+        second!.to = first!.to;
+      },
+      /stage 0 .*: \S+ reads \S+ before it is written/,
+    ],
+  };
+  test("the compiled program passes", () => {
+    expect(() => verifyPrograms(structuredClone(programs) as Program[], mesh)).not.toThrow();
+    expect(forward(programs[0]!).filter(isPart)).toHaveLength(2 * 4);
+  });
+  test.each(Object.entries(broken))("%s", (_, [spoil, says]) => {
+    const copies = structuredClone(programs) as Program[];
+    spoil(copies[0]!);
+    expect(() => verifyPrograms(copies, mesh)).toThrow(says);
+  });
+});

@@ -544,7 +544,7 @@ const anyJob = fc
       parameter_bucket: oneOf<"none" | number>("none", "none", 0.01, 0.0001),
       parameter_gather: oneOf("step", "forward"),
       expert_overlap: oneOf("none", "shared"),
-      tensor_overlap: oneOf("none", "backward"),
+      tensor_overlap: oneOf<"none" | "backward" | number>("none", "backward", 2),
     }),
     gradient_reduction: oneOf("f32", "f32", "bf16"),
     recompute: oneOf<object>(

@@ -97,6 +97,21 @@ const cases: Readonly<Record<string, readonly [parallel: object, model?: object,
   "gradients of weights beside exchanges between tensor ranks, a pipeline without bubbles": [
     { world: 4, tensor: 2, sequence: true, pipeline: 2, schedule: "zero_bubble", tensor_overlap: "backward" },
   ],
+  "products in parts": [{ world: 4, tensor: 2, sequence: true, tensor_overlap: 2 }, { seq: 16 }],
+  "products in parts of a sequence, two sequences a microbatch, bf16": [
+    { world: 8, tensor: 4, sequence: true, distributed_optimizer: true, tensor_overlap: 4 },
+    { hidden: 32, heads: 8, kv_heads: 4, ffn: 32, seq: 64, qkv_bias: true, qk_norm: "head" },
+    { micro_batch: 2, precision: "bf16" },
+  ],
+  "products in parts of two sequences, an evaluation": [
+    { world: 4, tensor: 2, context: 2, sequence: true, tensor_overlap: 2 },
+    { seq: 32, norm: { type: "layernorm" } },
+    { micro_batch: 4, recompute: { mode: "selective", modules: ["layernorm", "mlp"] } },
+  ],
+  "products in parts, experts, chunks of a pipeline": [
+    { world: 8, tensor: 2, sequence: true, pipeline: 2, virtual_pipeline: 2, expert: 2, tensor_overlap: 2 },
+    { layers: 4, seq: 32, moe },
+  ],
   "a batch that grows, muon": [
     { world: 2, distributed_optimizer: true },
     {},

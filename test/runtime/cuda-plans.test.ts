@@ -108,6 +108,11 @@ describe.skipIf(noCompiler)(`plans with stand-ins for the driver and NCCL${noCom
       { moe: { ...moe, shared: { ffn: 8, gate: true } } },
       { precision: "bf16" },
     ],
+    "products in parts, and gradients of weights, beside exchanges between tensor ranks, bf16": [
+      { world: 4, tensor: 2, sequence: true, distributed_optimizer: true, tensor_overlap: 2 },
+      { seq: 64, hidden: 64 },
+      { precision: "bf16" },
+    ],
     "buckets of gradients in the gaps of a pipeline": [
       { world: 4, pipeline: 2, schedule: "zero_bubble", gradient_bucket: 0.001 },
       { tie_embeddings: true },

@@ -78,11 +78,7 @@ export function collectivesOf({ chains }: Bucket, { id, stream, path, because, o
  * collectives that have begun before the block; those that begin in the block are added to it.
  */
 export function withWaits(block: readonly Instruction[], open: readonly Collective[], buffers: BufferTable): Instruction[] {
-  const root = (id: string): string => {
-    const { within } = buffers.get(id);
-    return within === undefined ? id : root(within);
-  };
-  const rootsOf = (i: Instruction): string[] => [...touchedBy(i, buffers)].map(root);
+  const rootsOf = (i: Instruction): string[] => [...touchedBy(i, buffers)].map((id) => buffers.rootOf(id));
   const begun = new Map<string, Collective>();
   const wait = (id: string): void => void endedBy(begun, id);
   for (const i of open) begun.set(i.id, i);

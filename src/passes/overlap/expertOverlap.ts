@@ -33,10 +33,7 @@ export function dependenciesOf(block: readonly Instruction[], buffers: BufferTab
   const after = block.map(() => new Set<number>());
   const writer = new Map<string, number>();
   const readers = new Map<string, number[]>();
-  const root = (id: string): string => {
-    const { within } = buffers.get(id);
-    return within === undefined ? id : root(within);
-  };
+  const root = (id: string): string => buffers.rootOf(id);
   const link = (from: number | undefined, to: number): void => {
     if (from === undefined || from === to) return;
     before[to]?.add(from);

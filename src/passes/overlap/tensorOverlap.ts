@@ -30,7 +30,7 @@ export function overlapTensor(program: Program, mesh: Mesh): Program {
 }
 
 /** Returns whether an instruction is an exchange of sequence parallelism. */
-const isTensorExchange = (i: Instruction): i is Collective =>
+export const isTensorExchange = (i: Instruction): i is Collective =>
   i.kind === "collective" && i.axes === "tp" && i.stream === undefined && (i.how === "all_gather" || i.how === "reduce_scatter");
 
 type Flops = (i: Instruction) => number;
@@ -144,7 +144,7 @@ const isDenseWeightGradient = (i: Instruction, buffers: BufferTable): boolean =>
   isWeightGradient(i, buffers) && [...touchedBy(i, buffers)].every((id) => buffers.get(id).ragged === 0);
 
 /** Returns per instruction whether an asynchronous collective is open when it runs. */
-function besideOthers(block: readonly Instruction[]): boolean[] {
+export function besideOthers(block: readonly Instruction[]): boolean[] {
   const open = new Set<string>();
   return block.map((i) => {
     for (const id of i.waits ?? []) open.delete(id);

@@ -95,7 +95,7 @@ function putOverlap(
     job.put("parallel.parameter_gather", "forward", ["overlap-param-gather"]);
   }
   if (args.has("tp-comm-overlap") && tensor > 1)
-    job.put("parallel.tensor_overlap", "backward", ["tp-comm-overlap"], "in forward, Megatron splits products too");
+    job.put("parallel.tensor_overlap", 4, ["tp-comm-overlap"], "4 parts in forward: Transformer Engine's default");
   if (expert === 1) return;
   if (args.has("moe-shared-expert-overlap")) job.put("parallel.expert_overlap", "shared", ["moe-shared-expert-overlap"]);
   else if (args.has("overlap-moe-expert-parallel-comm"))
