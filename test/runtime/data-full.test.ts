@@ -1,30 +1,13 @@
 /** A disk that fills up while a data set is prepared: one error that names it, no file of the data set, and the same call continues later. */
-import type * as fs from "node:fs";
 import { mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterAll, expect, test, vi } from "vitest";
 import { prepareDataset } from "../../runtime/data/prepare/prepare.ts";
+import { disk } from "../support/fullDisk.ts";
 import { fixture } from "../support/job.ts";
 
-/** Writes to files whose path matches fail. The path of a descriptor is recorded when the file is opened. */
-let full: RegExp | undefined;
-vi.mock("node:fs", async (original) => {
-  const real = await original<typeof fs>();
-  const paths = new Map<unknown, string>();
-  return {
-    ...real,
-    openSync: (...args: Parameters<typeof fs.openSync>) => {
-      const fd = real.openSync(...args);
-      paths.set(fd, String(args[0]));
-      return fd;
-    },
-    writeSync: (...args: [number, string]) => {
-      if (full?.test(paths.get(args[0]) ?? "")) throw Object.assign(new Error("no space"), { code: "ENOSPC" });
-      return real.writeSync(...args);
-    },
-  };
-});
+vi.mock("node:fs", async (original) => (await import("../support/fullDisk.ts")).fullDisk(await original()));
 
 const folder = mkdtempSync(join(tmpdir(), "rankc-data-full-"));
 afterAll(() => rmSync(folder, { recursive: true, force: true }));
@@ -39,7 +22,7 @@ test("is one error, nothing is half-written, and the call can be repeated", asyn
     });
   const files = (): string[] => readdirSync(folder).filter((name) => /\.(bin|idx|json)$/.test(name));
   for (const what of [/partial\/ids$/, /partial\/lengths$/, /partial\/index$/]) {
-    full = what;
+    disk.full = what;
     await expect(prepare("set"), String(what)).rejects.toMatchObject({
       name: "Trouble",
       message: expect.stringMatching(/set: cannot be written: the disk is full \(ENOSPC\)$/),
@@ -47,7 +30,7 @@ test("is one error, nothing is half-written, and the call can be repeated", asyn
     });
     expect(files()).toEqual([]);
   }
-  full = undefined;
+  disk.full = undefined;
   await prepare("set");
   await prepare("whole");
   for (const end of ["bin", "idx"])

@@ -1,41 +1,14 @@
 /** A disk that fills up while a run saves: one error that names it, and nothing of the checkpoint remains. */
-import type * as fs from "node:fs";
 import { mkdtempSync, readdirSync, readFileSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterAll, expect, test, vi } from "vitest";
 import { openRun } from "../../runtime/train/openRun.ts";
 import { compile } from "../../src/compile.ts";
+import { disk } from "../support/fullDisk.ts";
 import { fixture, jobOf } from "../support/job.ts";
 
-/** Writes to files whose path matches fail. The path of a descriptor is recorded when the file is opened. */
-let full: RegExp | undefined;
-/** The file system states so many free bytes. */
-let free: number | undefined;
-vi.mock("node:fs", async (original) => {
-  const real = await original<typeof fs>();
-  const paths = new Map<unknown, string>();
-  const expectSpace = (file: unknown): void => {
-    if (full?.test(paths.get(file) ?? String(file))) throw Object.assign(new Error("no space"), { code: "ENOSPC" });
-  };
-  return {
-    ...real,
-    openSync: (...args: Parameters<typeof fs.openSync>) => {
-      const fd = real.openSync(...args);
-      paths.set(fd, String(args[0]));
-      return fd;
-    },
-    writeSync: (...args: [number, string]) => {
-      expectSpace(args[0]);
-      return real.writeSync(...args);
-    },
-    statfsSync: (path: string) => (free === undefined ? real.statfsSync(path) : { bavail: free, bsize: 1, blocks: 10 }),
-    writeFileSync: (...args: Parameters<typeof fs.writeFileSync>) => {
-      expectSpace(args[0]);
-      real.writeFileSync(...args);
-    },
-  };
-});
+vi.mock("node:fs", async (original) => (await import("../support/fullDisk.ts")).fullDisk(await original()));
 
 const place = mkdtempSync(join(tmpdir(), "rankc-full-"));
 afterAll(() => rmSync(place, { recursive: true, force: true }));
@@ -54,28 +27,34 @@ test("is one error, and the previous checkpoint stays intact", async () => {
   const first = await opened.save();
   const text = readFileSync(join(first, "snapshot.json"), "utf8");
   await opened.step();
-  for (const what of [/safetensors/, /snapshot\.json/]) {
-    full = what;
-    await expect(opened.save(), String(what)).rejects.toMatchObject({
+  const faults = [
+    [/safetensors/, "ENOSPC", "the disk is full"],
+    [/snapshot\.json/, "ENOSPC", "the disk is full"],
+    [/safetensors/, "EDQUOT", "the disk quota is used up"],
+  ] as const;
+  for (const [what, code, why] of faults) {
+    Object.assign(disk, { full: what, code });
+    await expect(opened.save(), `${what} ${code}`).rejects.toMatchObject({
       name: "Trouble",
-      message: expect.stringMatching(/step-00000002.*: cannot be written: the disk is full \(ENOSPC\)$/),
+      message: expect.stringMatching(new RegExp(`step-00000002.*: cannot be written: ${why} \\(${code}\\)$`)),
       fix: expect.stringContaining("free some space"),
     });
     expect(readdirSync(place).sort()).toEqual(["run.lock", "step-00000001"]);
   }
-  full = undefined;
-  free = 1000;
+  disk.code = "ENOSPC";
+  disk.full = undefined;
+  disk.free = 1000;
   await expect(opened.save()).rejects.toMatchObject({
     name: "Trouble",
     message: expect.stringMatching(/: the disk has 0\.0 MB free, and the checkpoint needs 0\.1 MB$/),
     fix: expect.stringContaining("--keep"),
   });
   expect(readdirSync(place).sort()).toEqual(["run.lock", "step-00000001"]);
-  free = undefined;
-  full = /run\.lock/;
+  disk.free = undefined;
+  disk.full = /run\.lock/;
   await opened.close();
   await expect(openRun(plan, settings)).rejects.toThrow("the disk is full (ENOSPC)");
-  full = undefined;
+  disk.full = undefined;
   expect(readdirSync(place)).toEqual(["step-00000001"]);
   expect(readFileSync(join(first, "snapshot.json"), "utf8")).toBe(text);
 });
