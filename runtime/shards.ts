@@ -19,6 +19,18 @@ export const shardRanges = (mesh: Factors, { sizes, shardedBy }: Sharding, numbe
 /** Returns the sizes of a shard. */
 export const lengthsOf = (ranges: Ranges): number[] => ranges.map((dim) => dim.reduce((n, [from, to]) => n + to - from, 0));
 
+/** Returns the part of a shard that has the indices [from, to) of its first dim, counted within the shard. */
+export function rowsWithin([first = [], ...rest]: Ranges, from: number, to: number): Ranges {
+  let end = 0;
+  const rows = first.flatMap(([a, b]) => {
+    const start = end;
+    end += b - a;
+    const [low, high] = [Math.max(from, start), Math.min(to, end)];
+    return low < high ? [[a + low - start, a + high - start] as const] : [];
+  });
+  return [rows, ...rest];
+}
+
 /** Visits a shard as contiguous runs along its last dim: the start in the whole and in the shard, and the length. A scalar is one run. */
 export function visitRuns(sizes: readonly number[], ranges: Ranges, visit: (whole: number, shard: number, length: number) => void): void {
   let at = 0;

@@ -7,21 +7,17 @@
 import { join } from "node:path";
 import { Job } from "../../schemas/job.ts";
 import type { Plan } from "../../schemas/plan.ts";
-import { rankAt } from "../../schemas/sharding.ts";
 import { Trouble } from "../../schemas/trouble.ts";
-import { copyShared, firstHolders, lengthsOf, type Ranges, shardRanges, sharedBy } from "../shards.ts";
 import type { RunProgress } from "../train/stepParameters.ts";
 import { checkpointState } from "./checkpointState.ts";
-import { expectFinite } from "./finite.ts";
-import type { SavedShard } from "./loadState.ts";
 import { expectAllowed, type Mismatch, modelDifferences, surplusMismatches } from "./mismatch.ts";
 import { openSafetensors, type Safetensors } from "./safetensors.ts";
+import { type SavedTensors, savedTensors } from "./savedTensors.ts";
 import { type CheckpointText, readCheckpointText, TEXT } from "./snapshotFile.ts";
 import { fileOf } from "./stateFiles.ts";
-import { sharedPieces } from "./statePieces.ts";
 
 /** An open checkpoint. */
-export interface OpenCheckpoint {
+export interface OpenCheckpoint extends SavedTensors {
   readonly folder: string;
   readonly progress: RunProgress;
   /**
@@ -29,13 +25,7 @@ export interface OpenCheckpoint {
    * (--allow-mismatch) names. Returns notes on differences that are valid.
    */
   expectFor(plan: Plan, allowed: readonly string[], only?: "weights"): string[];
-  /** Assembles the values of `ranges` of a tensor from the saved shards. */
-  shard(name: string, ranges: Ranges): Float32Array;
-  /** Returns the saved shards that have elements of these ranges of a tensor, with those elements. */
-  savedShards(name: string, ranges: Ranges): SavedShard[];
   has(name: string): boolean;
-  /** Returns a function that assembles ranges of a tensor as `shard` does, and keeps what it has read: for slices one after another. */
-  slices(name: string): (ranges: Ranges) => Float32Array;
   /** Returns a whole tensor; undefined if the checkpoint has none of this name. */
   whole(name: string): { readonly shape: readonly number[]; readonly data: Float32Array } | undefined;
   /** The sections of the saved job that an export reads, as they are in the file. */
@@ -77,45 +67,7 @@ function openFiles(at: string, files: CheckpointText["files"]) {
 export function openCheckpoint(at: string): OpenCheckpoint {
   const { progress, rankc, job, mesh, tensors, files } = readCheckpointText(join(at, TEXT));
   const { fileAt, close } = openFiles(at, files);
-  function readFrom(rank: number, name: string): Float32Array {
-    const file = fileAt(rank);
-    return expectFinite(file.read(name), `${file.path}: ${name}`, "use a checkpoint of an earlier step");
-  }
-  function tensor(name: string) {
-    const found = tensors[name];
-    if (!found) throw new Error(`${at} holds no ${name}`);
-    return found;
-  }
-  function shard(name: string, ranges: Ranges, held?: Map<number, Float32Array>): Float32Array {
-    const saved = tensor(name);
-    const holders = firstHolders(mesh, saved);
-    const [holder] = holders;
-    // a tensor that is in one file needs no copy
-    if (holders.length === 1 && holder !== undefined && `${shardRanges(mesh, saved, holder)}` === `${ranges}`)
-      return held?.get(holder) ?? readFrom(rankAt(mesh, saved.stage, holder), name);
-    const out = new Float32Array(ranges.reduce((n, dim) => n * dim.reduce((m, [from, to]) => m + to - from, 0), 1));
-    for (const n of holders) {
-      const theirs = shardRanges(mesh, saved, n);
-      const shared = sharedBy(theirs, ranges);
-      if (!shared) continue;
-      const values = held?.get(n) ?? readFrom(rankAt(mesh, saved.stage, n), name);
-      held?.set(n, values);
-      copyShared(shared, [theirs, values], [ranges, out]);
-    }
-    return out;
-  }
-  function savedShards(name: string, ranges: Ranges): SavedShard[] {
-    const saved = tensor(name);
-    return firstHolders(mesh, saved).flatMap((n) => {
-      const theirs = shardRanges(mesh, saved, n);
-      const shared = sharedBy(theirs, ranges);
-      if (!shared) return [];
-      const file = fileAt(rankAt(mesh, saved.stage, n));
-      const { dtype, decoder, start } = file.info(name);
-      const pieces = sharedPieces(shared, lengthsOf(theirs), lengthsOf(ranges));
-      return [{ path: file.path, tensor: name, dtype, elementBytes: decoder.bytes, start, parts: file.digestsOf(name), pieces }];
-    });
-  }
+  const saved = savedTensors({ at, mesh, tensors, fileAt });
   /** Keys that a later rankc added get their defaults, which keep the arithmetic of the rankc that saved. */
   function model(): Job["model"] {
     const parsed = Job.shape.model.safeParse(job.model);
@@ -124,16 +76,12 @@ export function openCheckpoint(at: string): OpenCheckpoint {
     throw new Trouble(`${at}: model.${issue?.path.join(".")}: ${issue?.message}`, `read it with the rankc that saved it, ${rankc}`);
   }
   return {
-    ...{ folder: at, progress, shard: (name, ranges) => shard(name, ranges), savedShards, close },
+    ...{ folder: at, progress, ...saved, close },
     has: (name) => name in tensors,
-    slices(name) {
-      const held = new Map<number, Float32Array>();
-      return (ranges) => shard(name, ranges, held);
-    },
     whole(name) {
       const sizes = tensors[name]?.sizes;
       const all = sizes?.map((n) => [[0, n] as const]);
-      return sizes && all && { shape: sizes, data: shard(name, all) };
+      return sizes && all && { shape: sizes, data: saved.shard(name, all) };
     },
     job,
     model,

@@ -1,12 +1,12 @@
-/** Threads that write the tensors of an export: each opens the checkpoint, and reads, transposes, rounds and writes one tensor at a time. */
+/** Threads that write the tensors of an export: each opens the checkpoint, and reads, transposes, rounds and writes one tensor
+ * after the other. */
 import { availableParallelism } from "node:os";
 import { workerData } from "node:worker_threads";
 import type { Job } from "../../schemas/job.ts";
-import { elementsOf } from "../../schemas/sharding.ts";
 import { moduleUrl } from "../moduleUrl.ts";
 import { serveTasks, TaskThread } from "../taskThread.ts";
 import { openCheckpoint } from "./checkpoint.ts";
-import { type ExpertNames, type ExportedTensor, exportedTensors } from "./hfExport.ts";
+import { type ExpertNames, exportedTensors } from "./hfExport.ts";
 import { type ExportDtype, type ExportWriters, type TensorTask, writeTensor } from "./hfFolder.ts";
 
 /** What is exported: all that a thread needs to make the same list of tensors. */
@@ -19,14 +19,12 @@ export interface ExportSource {
 
 /** Bytes for which a thread pays. */
 const SHARE = 2 ** 27;
+/** Bytes of memory of a thread, beside those of tensors. */
+const THREAD = 2 ** 27;
 
-/** Opens threads for an export of tensors that have so many bytes; undefined: this thread is as fast, or memory lacks for several. */
-export function openExportThreads(source: ExportSource, tensors: readonly ExportedTensor[], bytes: number): ExportWriters | undefined {
-  const elements = new Map<string, number>();
-  for (const { name, parameter = name, shape } of tensors) elements.set(parameter, (elements.get(parameter) ?? 0) + elementsOf(shape));
-  // a thread holds a parameter as it was read, transposed, and rounded
-  const largest = [...elements.values()].reduce((most, count) => Math.max(most, count), 1);
-  const room = Math.floor(process.availableMemory() / 2 / (12 * largest));
+/** Opens threads for an export of so many bytes; undefined: this thread is as fast, or memory lacks for several. */
+export function openExportThreads(source: ExportSource, bytes: number): ExportWriters | undefined {
+  const room = Math.floor(process.availableMemory() / 2 / THREAD);
   const count = Math.min(availableParallelism(), 16, Math.floor(bytes / SHARE), room);
   if (count < 2) return undefined;
   const url = moduleUrl("checkpoint/exportThread", import.meta.url);

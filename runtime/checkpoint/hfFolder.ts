@@ -1,6 +1,6 @@
 /**
- * Writes a folder that `from_pretrained` of Hugging Face reads: safetensors files of limited size, their index, and text files. One tensor
- * is in memory at a time. The folder appears when it is complete.
+ * Writes a folder that `from_pretrained` of Hugging Face reads: safetensors files of limited size, their index, and text files. Threads
+ * hold little more in memory than the largest tensor takes. The folder appears when it is complete.
  */
 import {
   closeSync,
@@ -168,7 +168,11 @@ interface FileToWrite {
 interface DueTensor extends TensorTask {
   readonly bytes: number;
   readonly parameter: string;
+  readonly held: number;
 }
+
+/** Elements that tensors which are read at the same time may have in memory beside the largest of all. */
+const BESIDE = 2 ** 26;
 
 /** Writes files: first all headers, then the tensors of one parameter after those of another, each group in one of the writers. */
 async function writeFiles(
@@ -185,8 +189,11 @@ async function writeFiles(
   }
   let next = 0;
   let written = 0;
+  const memory = new Shares(due.reduce((most, { held }) => Math.max(most, held), 0) + BESIDE);
   const work = async (writer: number): Promise<void> => {
-    for (let group = groups[next++]; group; group = groups[next++])
+    for (let group = groups[next++]; group; group = groups[next++]) {
+      const held = Math.max(...group.map((tensor) => tensor.held));
+      await memory.take(held);
       for (const { tensor, path, at, bytes } of group) {
         if (writers) await writers.write(writer, { tensor, path, at });
         else writeTensor({ tensor, path, at }, itemOf(all, tensor, "tensor"), dtype);
@@ -195,6 +202,8 @@ async function writeFiles(
         // signals and progress arrive here
         await new Promise(setImmediate);
       }
+      memory.give(held);
+    }
   };
   const ends = await Promise.allSettled(
     Array.from({ length: writers?.count ?? 1 }, async (_, writer) => {
@@ -210,23 +219,52 @@ async function writeFiles(
   for (const { path } of files) withFile(path, "r+", fsyncSync);
 }
 
+/** Shares of something that several take at once. Who asks first gets first. */
+class Shares {
+  #free: number;
+  readonly #waiting: { readonly share: number; readonly take: () => void }[] = [];
+
+  constructor(all: number) {
+    this.#free = all;
+  }
+
+  /** Resolves when the share, at most all there is, is free. */
+  take(share: number): Promise<void> {
+    return new Promise((take) => {
+      this.#waiting.push({ share, take });
+      this.give(0);
+    });
+  }
+
+  give(share: number): void {
+    this.#free += share;
+    for (let [first] = this.#waiting; first && first.share <= this.#free; [first] = this.#waiting) {
+      this.#waiting.shift();
+      this.#free -= first.share;
+      first.take();
+    }
+  }
+}
+
 /** Writes the header of a file. Returns its tensors with their places. */
 function dueIn({ path, tensors }: FileToWrite): DueTensor[] {
   const entries = tensors.map(({ name, dtype, shape }) => ({ name, dtype: dtypes[dtype].safetensors, shape }));
   const header = headerOf(entries, metadata);
   withFile(path, "w", (fd) => writeAll(fd, header, 0));
   let at = header.length;
-  return tensors.map(({ name, parameter = name, bytes }) => {
-    const own = { tensor: 0, path, at, bytes, parameter };
+  return tensors.map(({ name, shape, parameter = name, heldElements = elementsOf(shape), bytes }) => {
+    const own = { tensor: 0, path, at, bytes, parameter, held: heldElements };
     at += bytes;
     return own;
   });
 }
 
-/** Reads a tensor, converts it, and writes it to its place. Throws a Trouble if it has values that the type cannot represent. */
+/** Reads a tensor part by part, converts it, and writes it to its place. Throws a Trouble if it has values that the type cannot represent. */
 export function writeTensor({ path, at }: TensorTask, tensor: ExportedTensor, dtype: ExportDtype): void {
-  const bytes = bytesFor(sized(tensor, dtype));
-  withFile(path, "r+", (fd) => writeAll(fd, bytes, at));
+  const { name, dtype: own, parts } = sized(tensor, dtype);
+  withFile(path, "r+", (fd) => {
+    for (const part of parts()) writeAll(fd, bytesFor(name, own, part.values), at + part.at * dtypes[own].bytes);
+  });
 }
 
 function withFile(path: string, flags: string, act: (fd: number) => void): void {
@@ -241,8 +279,7 @@ function withFile(path: string, flags: string, act: (fd: number) => void): void 
 /** The largest finite value of f16. */
 const F16_MAX = 65504;
 
-function bytesFor({ name, dtype, read }: Sized): Uint8Array {
-  const values = read();
+function bytesFor(name: string, dtype: ExportDtype, values: Float32Array): Uint8Array {
   if (dtype === "f16" && values.some((value) => Math.abs(value) > F16_MAX))
     throw new Trouble(`${name} holds values that fp16 cannot represent`, "export with --dtype bf16 or fp32");
   const { words } = encoded(dtype, values);

@@ -42,6 +42,8 @@ export type Safetensors = {
   /** Returns the digests of consecutive parts of a tensor; none if the file has no digests. */
   readonly digestsOf: (name: string) => readonly PartDigest[];
   readonly read: (name: string) => Float32Array;
+  /** Reads the elements [from, to) of a tensor, and checks the digests of the parts that they lie in. */
+  readonly readElements: (name: string, from: number, to: number) => Float32Array;
   readonly readInts: (name: string) => Int32Array;
   readonly close: () => void;
 };
@@ -68,13 +70,21 @@ export function openSafetensors(path: string): Safetensors {
     if (found === undefined) throw new Trouble(`${path}: has no tensor ${name}`, `it holds ${some([...tensors.keys()])}`);
     return found;
   };
-  const load = (name: string): ArrayBuffer => {
-    const { start, bytes } = info(name);
-    const buffer = new ArrayBuffer(bytes);
+  /** Reads bytes of a tensor, and compares the digests of these parts of it. */
+  const load = (name: string, first = 0, end = info(name).bytes, parts = digestsOf(name)): ArrayBuffer => {
+    const buffer = new ArrayBuffer(end - first);
     const view = new Uint8Array(buffer);
-    file.read(view, start);
-    for (const { from, to, sha256: digest } of digestsOf(name)) if (digest !== sha256(view.subarray(from, to))) throw damaged(path, name);
+    file.read(view, info(name).start + first);
+    for (const { from, to, sha256: digest } of parts)
+      if (digest !== sha256(view.subarray(from - first, to - first))) throw damaged(path, name);
     return buffer;
+  };
+  const readElements = (name: string, from: number, to: number): Float32Array => {
+    const { decoder } = info(name);
+    const parts = digestsOf(name).filter((part) => part.from < to * decoder.bytes && part.to > from * decoder.bytes);
+    const [first, end] = [parts[0]?.from ?? from * decoder.bytes, parts.at(-1)?.to ?? to * decoder.bytes];
+    const skipped = from - first / decoder.bytes;
+    return decoder.floats(load(name, first, end, parts)).subarray(skipped, skipped + to - from);
   };
   const digestsOf = (name: string): PartDigest[] => {
     const digests = metadata[digestKey(name)]?.match(/.{1,64}/g) ?? [];
@@ -92,6 +102,7 @@ export function openSafetensors(path: string): Safetensors {
     info,
     digestsOf,
     read: (name) => info(name).decoder.floats(load(name)),
+    readElements,
     readInts: (name) => {
       const { dtype, decoder } = info(name);
       const { ints } = decoder;

@@ -125,7 +125,7 @@ async function exportFolder(at: string, out: string, options: ExportOptions): Pr
       "generation_config.json": jsonText({ _from_model_config: true, ...ids }),
       ...tokenizer?.texts,
     };
-    const writers = openExportThreads({ checkpoint: at, model: exported, experts, dtype: own }, tensors, bytesOfTensors(tensors, own));
+    const writers = openExportThreads({ checkpoint: at, model: exported, experts, dtype: own }, bytesOfTensors(tensors, own));
     try {
       await writeHfFolder(out, tensors, {
         ...{ dtype: own, shardBytes: options.maxShard, texts, copies: tokenizer?.copies ?? {} },

@@ -44,7 +44,7 @@ const familiesOf = (model: Job["model"]): string[] =>
   });
 
 /** A checkpoint of pseudo-random weights, saved by all ranks of the job. */
-async function checkpointOf(job: Job, at = join(folder, "checkpoints")): Promise<string> {
+async function checkpointOf(job: Job, at = join(folder, "checkpoints"), digestBytes?: number): Promise<string> {
   const { plan } = compile(job);
   let seed = 1;
   const next = (): number => {
@@ -56,7 +56,7 @@ async function checkpointOf(job: Job, at = join(folder, "checkpoints")): Promise
     ranks: Array.from({ length: plan.mesh.world }, (_, r) => r),
     rankDevice: () => ({ read }) as unknown as RankDevice,
   };
-  const saver = new CheckpointSaver({ plan, folder: at, version: "test", localRanks, threads: 0 });
+  const saver = new CheckpointSaver({ plan, folder: at, version: "test", localRanks, threads: 0, ...(digestBytes && { digestBytes }) });
   const { done } = await saver.begin({ steps: 7, read: 7, trained: 7, updates: 7, loss_scale: null });
   await saver.close();
   return (await done).folder;
@@ -166,6 +166,47 @@ describe("tensors", () => {
     ]);
   });
 
+  test.each([{}, { world: 4, tensor: 2, sequence: true, expert: 4 }, { world: 2, tensor: 2, sequence: true, expert_tensor: 2 }])(
+    "of any size of parts and digests have the same values: %j",
+    async (parallel) => {
+      const job = jobOf({
+        name: "export",
+        model: {
+          layers: 1,
+          hidden: 32,
+          heads: 4,
+          vocab: 260,
+          vocab_multiple: 16,
+          seq: 8,
+          moe: { experts: 4, top_k: 2, ffn: 16, router: { balance: "none" } },
+        },
+        parallel,
+        train: { micro_batch: 1, global_batch: 4, steps: 1, precision: "fp32", optimizer: { lr: 1e-3 } },
+        data: { path: "corpus.txt" },
+      });
+      const valuesOf = (at: string, experts: ExpertNames, partElements: number) => {
+        const checkpoint = openCheckpoint(at);
+        const tensors = exportedTensors(checkpoint.model(), checkpoint, experts, partElements);
+        const values = tensors.map(({ name, shape, parts }) => {
+          const all = new Float32Array(elementsOf(shape)).fill(Number.NaN);
+          for (const { at, values } of parts()) all.set(values, at);
+          return [name, [...all]] as const;
+        });
+        checkpoint.close();
+        return { values, held: tensors.map(({ heldElements }) => heldElements) };
+      };
+      const [whole, inParts] = [await checkpointOf(job), await checkpointOf(job, join(folder, "parts"), 64)];
+      for (const experts of ["fused", "mlp.experts"] as const) {
+        const wanted = valuesOf(whole, experts, 2 ** 21).values;
+        expect(wanted.flatMap(([, values]) => values.filter(Number.isNaN))).toEqual([]);
+        for (const partElements of [1, 100])
+          for (const at of [whole, inParts]) expect(valuesOf(at, experts, partElements).values).toEqual(wanted);
+      }
+      // the embedding is read in parts, an expert alone; the head, which is transposed, is the largest
+      expect(Math.max(...(valuesOf(inParts, "mlp.experts", 100).held as number[]))).toBe(32 * 260);
+    },
+  );
+
   test("each file tensor of the checkpoint is read once", async () => {
     const checkpoint = openCheckpoint(await checkpointOf(job()));
     const reads = new Map<string, number>();
@@ -174,7 +215,7 @@ describe("tensors", () => {
       return checkpoint.slices(name);
     };
     const counting = { ...checkpoint, slices };
-    for (const tensor of exportedTensors(checkpoint.model(), counting, "mlp.experts")) tensor.read();
+    for (const tensor of exportedTensors(checkpoint.model(), counting, "mlp.experts")) for (const _ of tensor.parts());
     checkpoint.close();
     expect(new Set(reads.values())).toEqual(new Set([1]));
   });
@@ -183,7 +224,7 @@ describe("tensors", () => {
 test("threads write the same files, and their errors are those of one thread", async () => {
   const job = jobOf({
     name: "export",
-    model: { layers: 2, hidden: 32, heads: 4, vocab: 256, seq: 8, moe: { experts: 4, top_k: 2, ffn: 16 } },
+    model: { layers: 2, hidden: 32, heads: 4, vocab: 256, seq: 8, moe: { experts: 4, top_k: 2, ffn: 16, router: { balance: "none" } } },
     parallel: { world: 1 },
     train: { micro_batch: 1, global_batch: 1, steps: 1, precision: "fp32", optimizer: { lr: 1e-3 } },
     data: { path: "corpus.txt" },
@@ -196,7 +237,7 @@ test("threads write the same files, and their errors are those of one thread", a
   const out = [join(folder, "one"), join(folder, "two")] as const;
   const progress: number[] = [];
   await writeHfFolder(out[0], tensors, how);
-  const writers = openExportThreads({ checkpoint: at, model, experts: "mlp.experts", dtype: "bf16" }, tensors, 1e9);
+  const writers = openExportThreads({ checkpoint: at, model, experts: "mlp.experts", dtype: "bf16" }, 1e9);
   if (!writers) throw new Error("no threads");
   await writeHfFolder(out[1], tensors, { ...how, writers, onTensor: (bytes) => progress.push(bytes) });
   const files = readdirSync(out[0]).sort();
@@ -216,7 +257,7 @@ test("threads write the same files, and their errors are those of one thread", a
 });
 
 test("a folder that holds something else is refused; a failed export leaves the model that was there", async () => {
-  const tensors = (read: () => Float32Array) => [{ name: "a", shape: [2], isExact: false, read }];
+  const tensors = (read: () => Float32Array) => [{ name: "a", shape: [2], isExact: false, parts: () => [{ at: 0, values: read() }] }];
   const how = { dtype: "f32", shardBytes: 1e9, texts: { "config.json": "1" }, copies: {} } as const;
   mkdirSync(folder);
   writeFileSync(join(folder, "notes.txt"), "");
