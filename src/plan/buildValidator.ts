@@ -1,7 +1,7 @@
-/** Writes the validator of this version's plans beside the compiled code, for `planValidator`: the last step of `npm run build`. */
+/** Writes the validator of this version's plans beside the compiled code, for `fitsSchema`: a step of `npm run build`. */
 import { writeFileSync } from "node:fs";
 import standalone from "ajv/dist/standalone/index.js";
-import { builtValidator, openAjv, planSchema } from "./validator.ts";
+import { builtValidator, fastPlanSchema, openFastAjv } from "./validator.ts";
 
-const ajv = openAjv();
-writeFileSync(builtValidator, standalone.default(ajv, ajv.compile(planSchema("exact"))));
+const ajv = openFastAjv();
+writeFileSync(builtValidator, standalone.default(ajv, ajv.compile(fastPlanSchema())));

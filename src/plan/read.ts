@@ -5,9 +5,10 @@ import type { Plan } from "../../schemas/plan.ts";
 import { printable } from "../../schemas/printable.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import { BrokenInvariant } from "../ops/op.ts";
+import { version } from "../version.ts";
 import { canonical } from "./canonical.ts";
 import { type Digests, joined, overall, sections, sha256 } from "./seal.ts";
-import { planValidator } from "./validator.ts";
+import { fitsSchema, schemaErrors } from "./validator.ts";
 import { laws } from "./verifyPlan.ts";
 
 /** Parses the text of a plan file. Throws Trouble with the first fault of a damaged plan; code that gets the result does not check again. */
@@ -33,8 +34,8 @@ export function parsePlan(text: string, file: string): Plan {
   const changed = changedSection(value, text);
   if (changed) return refuse(changed);
 
-  const validate = planValidator(minor > ownMinor ? "additive" : "exact");
-  if (!validate(value)) return refuse(`not a valid plan: ${firstError(validate.errors ?? [])}`);
+  const strictness = minor > ownMinor ? "additive" : "exact";
+  if (!fitsSchema(value, strictness)) return refuse(schemaFault(value as Partial<Plan>, schemaErrors(value, strictness)));
   const broken = brokenLaw(value as Plan);
   if (broken) return refuse(broken);
   return value as Plan;
@@ -137,11 +138,27 @@ function majorMinor(version: unknown): readonly [number, number] | undefined {
   return match ? [Number(match[1]), Number(match[2])] : undefined;
 }
 
-/** Returns the deepest error as text. Every variant of a union reports errors; the deepest is about the variant that matches best. */
-function firstError(errors: readonly ErrorObject[]): string {
+/** Faults that another schema explains: a key or a name that one build of rankc has and another lacks. */
+const ofOtherBuilds: readonly string[] = ["required", "additionalProperties", "enum", "const", "discriminator"];
+
+/** Returns a message about a plan whose digests are right and which does not fit the schema: an edited plan, or one of another build, which has other keys. */
+function schemaFault({ toolchain }: Partial<Plan>, errors: readonly ErrorObject[]): string {
+  const fault = deepestError(errors);
+  const what = errorText(fault);
+  return fault && ofOtherBuilds.includes(fault.keyword)
+    ? `another build of rankc wrote this plan (it names ${toolchain?.rankc ?? "no version"}, this is ${version}): ${what}`
+    : `not a valid plan: ${what}`;
+}
+
+/** Returns the deepest error. Every variant of a union reports errors; the deepest is about the variant that matches best. */
+function deepestError(errors: readonly ErrorObject[]): ErrorObject | undefined {
   const depth = (error: ErrorObject): number => error.instancePath.split("/").length;
-  const [deepest] = [...errors].sort((a, b) => depth(b) - depth(a));
-  if (!deepest) return "it does not fit the schema";
-  const fault = deepest.keyword === "enum" ? `is ${JSON.stringify(deepest.data)}, which is not one of the allowed values` : deepest.message;
-  return `${deepest.instancePath || "the plan"} ${fault}`;
+  return [...errors].sort((a, b) => depth(b) - depth(a))[0];
+}
+
+function errorText(error: ErrorObject | undefined): string {
+  if (!error) return "it does not fit the schema";
+  const { keyword, data, message, instancePath } = error;
+  const fault = keyword === "enum" ? `is ${JSON.stringify(data)}, which is not one of the allowed values` : message;
+  return `${instancePath || "the plan"} ${fault}`;
 }

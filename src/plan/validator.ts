@@ -1,11 +1,12 @@
 /**
- * Validators of the plan's JSON Schema. Compiling the schema takes longer than validating a large plan, so `npm run build` writes the
- * compiled validator beside the package's code. A checkout compiles the schema on first use.
+ * Validators of the plan's JSON Schema. Compiling the schema takes longer than validating a large plan, so `npm run build` writes a compiled
+ * validator beside the package's code; it says only whether a plan fits. A checkout compiles the schema on first use, and so does a package to
+ * find what is wrong.
  */
 import { existsSync } from "node:fs";
 import { createRequire } from "node:module";
 import { fileURLToPath } from "node:url";
-import type { Ajv, ValidateFunction } from "ajv";
+import type { Ajv, ErrorObject, ValidateFunction } from "ajv";
 import { readPackageFile, root } from "../packageFile.ts";
 
 /** `additive` is for newer minor versions, which may add keys: unknown keys are valid. */
@@ -17,24 +18,57 @@ const load = createRequire(import.meta.url);
 export const builtValidator = import.meta.url.endsWith(".ts") ? "" : fileURLToPath(new URL("dist/src/plan/planValidator.cjs", root));
 const known = new Map<Strictness, ValidateFunction>();
 
-/** Returns a validator of plans. Its errors hold the faulty data. */
-export function planValidator(strictness: Strictness): ValidateFunction {
-  const validate: ValidateFunction =
+/** Returns whether a value fits the schema of plans. */
+export function fitsSchema(value: unknown, strictness: Strictness): boolean {
+  const fits: (value: unknown) => unknown =
+    strictness === "exact" && existsSync(builtValidator) ? load(builtValidator) : planValidator(strictness);
+  return fits(value) === true;
+}
+
+/** Returns the faults of a value that does not fit the schema of plans, with the faulty data. */
+export function schemaErrors(value: unknown, strictness: Strictness): readonly ErrorObject[] {
+  const validate = planValidator(strictness);
+  validate(value);
+  return validate.errors ?? [];
+}
+
+function planValidator(strictness: Strictness): ValidateFunction {
+  // definitions stay functions: a plan's schema uses that of an instruction four times
+  const validate =
     known.get(strictness) ??
-    (strictness === "exact" && existsSync(builtValidator) ? load(builtValidator) : openAjv().compile(planSchema(strictness)));
+    openAjv({ strict: false, validateFormats: false, verbose: true, inlineRefs: false }).compile(planSchema(strictness));
   known.set(strictness, validate);
   return validate;
 }
 
+/** Returns an ajv for the validator that says only whether a plan fits: it has no messages, and looks at the kind of an instruction first. */
+export const openFastAjv = (): Ajv =>
+  openAjv({ strict: false, validateFormats: false, messages: false, inlineRefs: false, discriminator: true, code: { source: true } });
+
+function openAjv(options: import("ajv").Options): Ajv {
+  const ajv: typeof import("ajv") = load("ajv");
+  return new ajv.Ajv(options);
+}
+
 /** Returns the published JSON Schema of plans. */
-export function planSchema(strictness: Strictness): object {
+function planSchema(strictness: Strictness): object {
   const open = (key: string, value: unknown): unknown => (key === "additionalProperties" && value === false ? undefined : value);
   return JSON.parse(readPackageFile("schemas/plan.schema.json"), strictness === "additive" ? open : undefined);
 }
 
-/** Returns an ajv that keeps the code of its validators. */
-export function openAjv(): Ajv {
-  const ajv: typeof import("ajv") = load("ajv");
-  // definitions stay functions: a plan's schema uses that of an instruction four times
-  return new ajv.Ajv({ strict: false, validateFormats: false, verbose: true, inlineRefs: false, code: { source: true } });
+/** Returns the schema of plans for `openFastAjv`: unions whose variants have different kinds are told apart by them, and descriptions are left out. */
+export function fastPlanSchema(): object {
+  return JSON.parse(readPackageFile("schemas/plan.schema.json"), (key, value: unknown) => {
+    if (key === "description" && typeof value === "string") return undefined;
+    return isTaggedUnion(value) ? { ...value, type: "object", required: ["kind"], discriminator: { propertyName: "kind" } } : value;
+  });
+}
+
+/** Returns whether a schema is a union whose variants each name their kinds. */
+function isTaggedUnion(schema: unknown): schema is { readonly oneOf: readonly Variant[] } {
+  if (typeof schema !== "object" || schema === null || !("oneOf" in schema) || !Array.isArray(schema.oneOf)) return false;
+  return schema.oneOf.every(({ properties }: Variant) => properties?.kind?.const !== undefined || properties?.kind?.enum !== undefined);
+}
+interface Variant {
+  readonly properties?: { readonly kind?: { readonly const?: unknown; readonly enum?: unknown } };
 }

@@ -12,6 +12,7 @@ import { canonical } from "../../src/plan/canonical.ts";
 import { parsePlan } from "../../src/plan/read.ts";
 import { printPlan, sealPlan } from "../../src/plan/seal.ts";
 import { smallest } from "../../src/rules/index.ts";
+import { version } from "../../src/version.ts";
 import { blockRuns } from "../support/blockRuns.ts";
 import { jobOf } from "../support/job.ts";
 
@@ -201,6 +202,20 @@ describe("a plan as a file", () => {
     expect(refusal(printPlan(wrong)).message).toMatch(/not a valid plan: \/memory\/0\/peak must be >= 0/);
     const extra = sealPlan({ ...sections, toolchain: { ...sections.toolchain, extra: 1 } as Sections["toolchain"] });
     expect(refusal(printPlan(extra)).message).toContain("/toolchain");
+  });
+
+  test("a plan of a build with other keys is named so, whichever build has the key; a wrong value is no matter of builds", () => {
+    const { seed: _, ...train } = sections.job.train;
+    const older = sealPlan({ ...sections, job: { ...sections.job, train: train as Sections["job"]["train"] } });
+    const { message, fix } = refusal(printPlan(older));
+    expect(message).toBe(
+      `plan.json: another build of rankc wrote this plan (it names ${version}, this is ${version}): /job/train must have required property 'seed'`,
+    );
+    expect(fix).toContain("compile the job again");
+    const newer = sealPlan({ ...sections, job: { ...sections.job, later: 1 } as unknown as Sections["job"] });
+    expect(refusal(printPlan(newer)).message).toContain("another build of rankc wrote this plan");
+    const named = sealPlan({ ...sections, toolchain: { ...sections.toolchain, rankc: "0.0.9", extra: 1 } as Sections["toolchain"] });
+    expect(refusal(printPlan(named)).message).toContain(`it names 0.0.9, this is ${version}`);
   });
 
   test("a plan of some megabytes is read in a second", () => {
