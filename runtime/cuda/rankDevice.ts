@@ -2,11 +2,11 @@
 import { encoded, storeValues, typedMemory, valuesIn } from "../../schemas/dtypes.ts";
 import type { Buffer, Compute } from "../../schemas/plan.ts";
 import type { CopyPiece, HostBlock, HostData, NormalDraw, RankDevice, StagingArea, WeightLoader } from "../backend.ts";
-import { type CudaArenas, offsetPointer } from "./arenas.ts";
+import type { CudaArenas } from "./arenas.ts";
 import type { Context, Pinned } from "./driver.ts";
 import type { Steps } from "./graph.ts";
 import type { Bound } from "./launches.ts";
-import { openStaging } from "./staging.ts";
+import { copyPieces, openStaging } from "./staging.ts";
 import type { RankStreams } from "./streams.ts";
 import type { Waits } from "./waits.ts";
 import type { Weights } from "./weights.ts";
@@ -105,14 +105,11 @@ export class CudaRankDevice implements RankDevice {
   }
 
   async copyOut(pieces: readonly CopyPiece[], { address }: HostBlock): Promise<void> {
-    const { context, streams, arenas, steps, waits } = this.#parts;
-    if (steps.mode || typeof address !== "bigint") throw new Error("rankc: the state is copied between two steps, to pinned memory");
-    const places = pieces.map((piece) => ({ ...piece, device: arenas.place(piece.buffer.id, 0) }));
+    const { context, streams, waits } = this.#parts;
+    if (typeof address !== "bigint") throw new Error("rankc: the state is copied to pinned memory");
+    copyPieces(this.#parts, pieces, ({ at, bytes }, from, stream) => context.copyOut(address + BigInt(at), from, bytes, stream));
     const copied = context.createEvent("order");
-    streams.run({ reads: places.map(({ device }) => device.span), writes: [] }, undefined, (s) => {
-      for (const { device, from, bytes, at } of places) context.copyOut(address + BigInt(at), offsetPointer(device.at, from), bytes, s);
-      context.record(copied, s);
-    });
+    context.record(copied, streams.compute.stream);
     await waits.happens(copied);
     context.destroyEvent(copied);
   }

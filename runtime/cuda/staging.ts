@@ -5,7 +5,7 @@
 import { setImmediate } from "node:timers/promises";
 import type { CopyPiece, HostBlock, StagingArea } from "../backend.ts";
 import { type CudaArenas, offsetPointer } from "./arenas.ts";
-import type { Context, DevicePointer, Event } from "./driver.ts";
+import type { Context, DevicePointer, Event, Stream } from "./driver.ts";
 import type { Steps } from "./graph.ts";
 import type { RankStreams } from "./streams.ts";
 import type { Waits } from "./waits.ts";
@@ -36,6 +36,19 @@ export function openStaging(parts: StagingParts, most: number, unit: number): St
   }
 }
 
+/** Issues copies of pieces of buffers, as they are after all preceding calls; `copy` issues one of them. Throws within a step. */
+export function copyPieces(
+  { streams, arenas, steps }: Pick<StagingParts, "streams" | "arenas" | "steps">,
+  pieces: readonly CopyPiece[],
+  copy: (piece: CopyPiece, from: DevicePointer, stream: Stream) => void,
+): void {
+  if (steps.mode) throw new Error("rankc: the state is copied between two steps");
+  const places = pieces.map((piece) => ({ piece, device: arenas.place(piece.buffer.id, 0) }));
+  streams.run({ reads: places.map(({ device }) => device.span), writes: [] }, undefined, (stream) => {
+    for (const { piece, device } of places) copy(piece, offsetPointer(device.at, piece.from), stream);
+  });
+}
+
 class CudaStaging implements StagingArea {
   readonly bytes: number;
   readonly #parts: StagingParts;
@@ -56,13 +69,8 @@ class CudaStaging implements StagingArea {
   }
 
   put(pieces: readonly CopyPiece[], to: number): void {
-    const { context, streams, arenas, steps } = this.#parts;
-    if (steps.mode) throw new Error("rankc: the state is copied between two steps");
-    const places = pieces.map((piece) => ({ ...piece, device: arenas.place(piece.buffer.id, 0) }));
-    streams.run({ reads: places.map(({ device }) => device.span), writes: [] }, undefined, (stream) => {
-      for (const { device, from, bytes, at } of places)
-        context.copy(offsetPointer(this.#at, to + at), offsetPointer(device.at, from), bytes, stream);
-    });
+    const { context } = this.#parts;
+    copyPieces(this.#parts, pieces, ({ at, bytes }, from, stream) => context.copy(offsetPointer(this.#at, to + at), from, bytes, stream));
   }
 
   async filled(): Promise<void> {

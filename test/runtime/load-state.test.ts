@@ -1,9 +1,8 @@
 /** A checkpoint that devices load equals what the host would write, on the saved mesh and on others; what differs from its digest is an error. */
-import { mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
-import { tmpdir } from "node:os";
+import { readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import fc from "fast-check";
-import { afterAll, beforeAll, describe, expect, test, vi } from "vitest";
+import { describe, expect, test } from "vitest";
 import type { RankDevice } from "../../runtime/backend.ts";
 import { type OpenCheckpoint, openCheckpoint } from "../../runtime/checkpoint/checkpoint.ts";
 import { isLoadable, loadState } from "../../runtime/checkpoint/loadState.ts";
@@ -16,19 +15,11 @@ import { Parameters } from "../../runtime/train/parameters.ts";
 import { encoded, typedMemory, valuesIn } from "../../schemas/dtypes.ts";
 import type { Buffer, Plan } from "../../schemas/plan.ts";
 import { elementsOf } from "../../schemas/sharding.ts";
-import { moe, planOf, type Ranks, standInRanks } from "../support/cudaRanks.ts";
-import { asCuda, noCompiler } from "../support/cudaStandIn.ts";
+import { moe, planOf, standInWithFolder } from "../support/cudaRanks.ts";
+import { noCompiler } from "../support/cudaStandIn.ts";
 import { sameNumbers } from "../support/job.ts";
 
-const folder = mkdtempSync(join(tmpdir(), "rankc-load-state-"));
-let cuda: Ranks;
-beforeAll(async () => {
-  if (!noCompiler) cuda = await standInRanks();
-});
-afterAll(() => {
-  rmSync(folder, { recursive: true, force: true });
-  vi.unstubAllEnvs();
-});
+const { folder, open, complaint } = standInWithFolder("rankc-load-state-");
 
 /** Saves a checkpoint of a plan with other values in every element and returns its folder. */
 async function checkpointOf(plan: Plan, name: string): Promise<string> {
@@ -63,10 +54,8 @@ describe.skipIf(noCompiler)(`on the stand-in${noCompiler}`, () => {
     ["a sharded optimizer", "a sharded optimizer"],
   ] as const)("from %s to %s, every buffer is what the host would write", async (from, to) => {
     const at = await checkpointOf(planFor(from), `${from} to ${to}`);
-    const { plan, kernels } = asCuda(planFor(to));
-    cuda.serve(kernels);
     const checkpoint = openCheckpoint(at);
-    const all = await cuda.openAll(plan);
+    const { plan, all } = await open(planFor(to));
     const lines: string[] = [];
     const wrong: string[] = [];
     for (const localRanks of all) {
@@ -88,7 +77,7 @@ describe.skipIf(noCompiler)(`on the stand-in${noCompiler}`, () => {
     expect(wrong).toEqual([]);
     expect(lines.at(-1)).toMatch(/^reading the checkpoint: 0\.\d\d of 0\.\d\d GB, .* GB\/s, 0 s left$/);
     await Promise.all(all.map((localRanks) => localRanks.close()));
-    expect(cuda.complaint()).toBeUndefined();
+    expect(complaint()).toBeUndefined();
     checkpoint.close();
   });
 
@@ -101,10 +90,8 @@ describe.skipIf(noCompiler)(`on the stand-in${noCompiler}`, () => {
     const all = readFileSync(path);
     all[start + bytes - 1]! ^= 1;
     writeFileSync(path, all);
-    const { plan, kernels } = asCuda(planFor("tensor and expert ranks"));
-    cuda.serve(kernels);
     const checkpoint = openCheckpoint(at);
-    const ranks = await cuda.openAll(plan);
+    const { plan, all: ranks } = await open(planFor("tensor and expert ranks"));
     const ends = await Promise.all(
       ranks.map(async (localRanks) => {
         const [rank = 0] = localRanks.ranks;

@@ -1,9 +1,8 @@
 /** Weights that devices load from files equal those that the host converts, on any mesh; a rank reads little beyond its shards. */
-import { mkdtempSync, rmSync, truncateSync } from "node:fs";
-import { tmpdir } from "node:os";
+import { truncateSync } from "node:fs";
 import { join } from "node:path";
 import fc from "fast-check";
-import { afterAll, beforeAll, describe, expect, test, vi } from "vitest";
+import { describe, expect, test } from "vitest";
 import { checkpointFor, toHuggingFace } from "../../runtime/checkpoint/hf.ts";
 import { loadShards } from "../../runtime/checkpoint/loadWeights.ts";
 import { type FilePiece, readsFor } from "../../runtime/checkpoint/pieces.ts";
@@ -13,20 +12,12 @@ import { Parameters } from "../../runtime/train/parameters.ts";
 import { encoded, typedMemory, valuesIn } from "../../schemas/dtypes.ts";
 import type { Plan } from "../../schemas/plan.ts";
 import { elementsOf } from "../../schemas/sharding.ts";
-import { moe, planOf, type Ranks, standInRanks } from "../support/cudaRanks.ts";
-import { asCuda, noCompiler } from "../support/cudaStandIn.ts";
+import { moe, planOf, standInWithFolder } from "../support/cudaRanks.ts";
+import { noCompiler } from "../support/cudaStandIn.ts";
 import { sameNumbers } from "../support/job.ts";
 import { full } from "../support/tiers.ts";
 
-const folder = mkdtempSync(join(tmpdir(), "rankc-load-"));
-let cuda: Ranks;
-beforeAll(async () => {
-  if (!noCompiler) cuda = await standInRanks();
-});
-afterAll(() => {
-  rmSync(folder, { recursive: true, force: true });
-  vi.unstubAllEnvs();
-});
+const { folder, open, complaint } = standInWithFolder("rankc-load-");
 
 /** A checkpoint of a plan's model with other values in every element, or one that is spoiled. */
 function checkpointOf(plan: Plan, name: string, spoil?: string): string {
@@ -61,12 +52,10 @@ const jobs: Readonly<Record<string, Plan>> = {
 
 describe.skipIf(noCompiler)(`on the stand-in${noCompiler}`, () => {
   test.each(Object.entries(jobs))("%s: every buffer is what the host would write", async (name, compiled) => {
-    const { plan, kernels } = asCuda(compiled);
-    cuda.serve(kernels);
+    const { plan, all } = await open(compiled);
     const checkpoint = checkpointFor(plan.job.model, checkpointOf(plan, name.replaceAll(" ", "-")));
     const programs = new RankPrograms(plan);
     const lines: string[] = [];
-    const all = await cuda.openAll(plan);
     for (const localRanks of all) {
       const [rank = 0] = localRanks.ranks;
       const parameters = new Parameters(plan, programs, localRanks);
@@ -84,18 +73,17 @@ describe.skipIf(noCompiler)(`on the stand-in${noCompiler}`, () => {
         }
     }
     await Promise.all(all.map((localRanks) => localRanks.close()));
-    expect(cuda.complaint()).toBeUndefined();
+    expect(complaint()).toBeUndefined();
     expect(lines.at(-1)).toMatch(/^reading weights: 0\.\d\d of 0\.\d\d GB, .* GB\/s, 0 s left$/);
     checkpoint.close();
   });
 
   test.each(["a value that is not finite", "a file that was cut after it was opened"])("%s: an error that names it", async (fault) => {
-    const { plan, kernels } = asCuda(planOf({ world: 1 }));
-    cuda.serve(kernels);
+    const { plan, all } = await open(planOf({ world: 1 }));
+    const [localRanks] = all;
     const path = checkpointOf(plan, "faulty", fault.includes("finite") ? "layers.1.wk" : undefined);
     const checkpoint = checkpointFor(plan.job.model, path);
     if (fault.includes("cut")) truncateSync(path, 2000);
-    const [localRanks] = await cuda.openAll(plan);
     const parameters = new Parameters(plan, new RankPrograms(plan), localRanks!);
     const shards = parameters.shardsOf(0).map(({ parameter, buffers, sizes, ranges }) => ({
       pieces: checkpoint.pieces(parameter.name, sizes, ranges)!,

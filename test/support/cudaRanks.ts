@@ -1,11 +1,14 @@
 /** Ranks on the stand-ins: opens all ranks of a plan in this process, runs a step of them, and makes small plans for them. */
-import { expect } from "vitest";
+import { mkdtempSync, rmSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { afterAll, beforeAll, expect, vi } from "vitest";
 import type { CudaRanks } from "../../runtime/cuda/backend.ts";
 import type { Collective, CollectiveKind, Compute, Kernel, Plan } from "../../schemas/plan.ts";
 import { startOf } from "../../src/codegen/launchArgs.ts";
 import { cpu } from "../../src/codegen/targets.ts";
 import { compile } from "../../src/compile.ts";
-import { bytesAt, imagesOf, standIn, withCubins } from "./cudaStandIn.ts";
+import { asCuda, bytesAt, imagesOf, noCompiler, standIn, withCubins } from "./cudaStandIn.ts";
 import { type Hand, handPlan } from "./handPlan.ts";
 import { jobOf } from "./job.ts";
 import { stepTogether } from "./steps.ts";
@@ -38,6 +41,33 @@ export async function standInRanks(how: Parameters<typeof standIn>[0] = {}) {
   }
 
   return { ...cuda, openAll, step };
+}
+
+/**
+ * Opens the stand-ins before the tests of a file, and makes a folder that is removed after them. `open` opens all ranks of a plan with the kernels of the
+ * CPU.
+ */
+export function standInWithFolder(prefix: string) {
+  const folder = mkdtempSync(join(tmpdir(), prefix));
+  let ranks: Ranks | undefined;
+  beforeAll(async () => {
+    if (!noCompiler) ranks = await standInRanks();
+  });
+  afterAll(() => {
+    rmSync(folder, { recursive: true, force: true });
+    vi.unstubAllEnvs();
+  });
+  const cuda = (): Ranks => ranks ?? expect.fail("the stand-ins are not open");
+  return {
+    folder,
+    /** What a kernel threw. */
+    complaint: () => cuda().complaint(),
+    async open(compiled: Plan): Promise<{ readonly plan: Plan; readonly all: CudaRanks[] }> {
+      const { plan, kernels } = asCuda(compiled);
+      cuda().serve(kernels);
+      return { plan, all: await cuda().openAll(plan) };
+    },
+  };
 }
 
 const model = { layers: 2, hidden: 16, ffn: 24, heads: 4, kv_heads: 2, head_dim: 4, vocab: 256, seq: 8 };
