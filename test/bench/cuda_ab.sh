@@ -5,9 +5,9 @@
 #
 # BEFORE: the folder of another checkout (inside this one it shares the packages); without it only this one runs. Each variant of a job runs in turn, 3 steps
 # with timed instructions. One line a run: job, variant, ms of forward and backward, ms of the optimizer, TFLOP/s, and the ms of the ops that differ.
-# Variables: JOBS (names of test/bench/jobs), WITHOUT and WITH (fusions that a further variant of each job lacks, or has beside those of the target,
-# separated by commas; "-" for no such variant), ROUNDS (2; each second one in reverse order), STEPS (3). About 10 s a run. Tables of instructions go
-# to $OUT, if it is set. In a card that is bound by power the same kernels differ by 2 % between runs: compare the ms of ops before those of steps.
+# Variables: JOBS (names of test/bench/jobs), WITHOUT and WITH (further variants of each job, separated by spaces: the fusions that one lacks, or has
+# beside those of the target, separated by commas; "-" for no such variant), ROUNDS (2; each second one in reverse order), STEPS (3). About 10 s a run.
+# Tables of instructions go to $OUT, if it is set. In a card that is bound by power the same kernels differ by 2 % between runs: compare the ms of ops before those of steps.
 set -u
 here=$(cd "$(dirname "$0")/../.." && pwd)
 before=${1:-}
@@ -39,15 +39,17 @@ options() { echo "$1" | tr ',' '\n' | sed "s/^/$2 /"; }
 echo "job variant forward_backward_ms optimizer_ms TFLOP/s ms_by_op"
 round=1
 while [ "$round" -le "${ROUNDS:-2}" ]; do
-  order="before now without with"
-  [ $((round % 2)) -eq 0 ] && order="with without now before"
+  order="before now"
+  [ "$without" = "-" ] || for name in $without; do order="$order without:$name"; done
+  [ "$with" = "-" ] || for name in $with; do order="$order with:$name"; done
+  [ $((round % 2)) -eq 0 ] && order=$(for name in $order; do echo "$name"; done | sed '1!G;h;$!d')
   for job in $jobs; do
     for variant in $order; do
       case $variant in
         before) [ -n "$before" ] && measure "$job" "before.$round" "$before" ;;
         now) measure "$job" "now.$round" "$here" ;;
-        without) [ "$without" = "-" ] || measure "$job" "without.$round" "$here" $(options "$without" --without) ;;
-        with) [ "$with" = "-" ] || measure "$job" "with.$round" "$here" $(options "$with" --with) ;;
+        without:*) measure "$job" "without-${variant#*:}.$round" "$here" $(options "${variant#*:}" --without) ;;
+        with:*) measure "$job" "with-${variant#*:}.$round" "$here" $(options "${variant#*:}" --with) ;;
       esac
     done
   done
