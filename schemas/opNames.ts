@@ -160,6 +160,7 @@ export const opNames = [
   "top_k_mask_biased",
   "uniform_mask",
   "unpermute",
+  "unpermute_add",
   "weighted_sum",
   "weighted_sum_grad",
   "z_loss",

@@ -560,6 +560,7 @@ interface CudaQuantileUpdateCu {
 }
 
 interface CudaReducePartialsCu {
+  readonly addend: string | number;
   readonly deep: string | number;
   readonly experts: string | number;
   readonly items: string | number;

@@ -6,6 +6,7 @@ import type { Result } from "./formula.ts";
 import { gatedUnits } from "./gatedUnits.ts";
 import { gemm, gemmDgrad, groupedDgrad, groupedGemm } from "./gemm.ts";
 import { gemm as product, runs } from "./matrixProduct.ts";
+import { unpermute } from "./moe.ts";
 import { headNorm, headNormGrad, rmsnorm, rmsnormGrad } from "./norm.ts";
 import { formulaOp, invariant, op } from "./op.ts";
 import { rope } from "./rope.ts";
@@ -114,6 +115,16 @@ export const groupedDgradSwiglu = op({
     const dy = new Float32Array(gate.length);
     groupedDgrad.cpu({ dy: dz, w, dx: dy }, d, p);
     swigluRowsGradAgain.cpu({ gate, up, p: weights, dy, dgate, dup, dp, y }, { ...d, F: d.K }, p);
+  },
+});
+
+/** unpermute, to whose sums z is added before they are rounded: of the experts of all ranks, or z would be counted twice. */
+export const unpermuteAdd = op({
+  name: "unpermute_add",
+  sig: "r[B~S~E!,D] c[B,S,E!] z[B,S,D] -> x[B,S,D]",
+  cpu({ r, c, z, x }, d, p) {
+    unpermute.cpu({ r, c, x }, d, p);
+    for (let i = 0; i < x.length; i++) x[i]! += z[i]!;
   },
 });
 

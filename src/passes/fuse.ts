@@ -6,6 +6,7 @@ import type { Chunk, Program } from "../../schemas/plan.ts";
 import type { Fusion } from "../codegen/targetNames.ts";
 import { returnActivationsAgain } from "./fusion/activations.ts";
 import { BufferUses } from "./fusion/bufferUses.ts";
+import { fuseCombine } from "./fusion/combine.ts";
 import { fuseEpilogues } from "./fusion/epilogues.ts";
 import { fuseHeads } from "./fusion/heads.ts";
 import { fuseNormSums, fuseSlopeSums } from "./fusion/norms.ts";
@@ -26,6 +27,7 @@ function fuse(program: Program, kinds: ReadonlySet<Fusion>): Program {
     if (kinds.has("norm_sums")) forward = fuseNormSums(forward, uses);
     if (kinds.has("sums")) backward = fuseSums(backward, uses);
     if (kinds.has("norm_sums")) backward = fuseSlopeSums(backward, uses);
+    if (kinds.has("combine")) [forward, backward] = [fuseCombine(forward, uses), fuseCombine(backward, uses)];
     let chunk: Chunk = { ...c, forward, backward };
     if (kinds.has("activations")) chunk = returnActivationsAgain(chunk, uses);
     if (!kinds.has("epilogues")) return chunk;

@@ -2,7 +2,7 @@
 import { describe, expect, test } from "vitest";
 import { openRun } from "../../runtime/train/openRun.ts";
 import { instructionsOf } from "../../schemas/program.ts";
-import { fusions } from "../../src/codegen/targetNames.ts";
+import { type Fusion, fusions } from "../../src/codegen/targetNames.ts";
 import { cpu } from "../../src/codegen/targets.ts";
 import { compile } from "../../src/compile.ts";
 import { distance, fixture, jobOf } from "../support/job.ts";
@@ -17,15 +17,16 @@ const jobWith = (model: object, parallel: object = {}, train: object = {}) =>
   });
 const moe = { moe: { experts: 8, top_k: 2, ffn: 16, router: { balance: "aux_loss", aux_coeff: 0.05 } } };
 
-const planOf = (job: ReturnType<typeof jobOf>, fuses: boolean) => compile(job, { target: fuses ? { ...cpu, fuses: fusions } : cpu }).plan;
+const planOf = (job: ReturnType<typeof jobOf>, fuses: boolean | readonly Fusion[]) =>
+  compile(job, { target: fuses === false ? cpu : { ...cpu, fuses: fuses === true ? fusions : fuses } }).plan;
 /** How often a plan runs each op that only one of the two plans has so often. */
 const opsOf = (plan: ReturnType<typeof planOf>): Record<string, number> => {
   const counts: Record<string, number> = {};
   for (const i of plan.programs.flatMap(instructionsOf)) if (i.kind === "compute") counts[i.op] = (counts[i.op] ?? 0) + 1;
   return counts;
 };
-function changes(job: ReturnType<typeof jobOf>): Record<string, number> {
-  const [before, after] = [opsOf(planOf(job, false)), opsOf(planOf(job, true))];
+function changes(job: ReturnType<typeof jobOf>, fuses: true | readonly Fusion[] = true): Record<string, number> {
+  const [before, after] = [opsOf(planOf(job, false)), opsOf(planOf(job, fuses))];
   const names = [...new Set([...Object.keys(before), ...Object.keys(after)])].sort();
   return Object.fromEntries(names.map((n) => [n, (after[n] ?? 0) - (before[n] ?? 0)] as const).filter(([, n]) => n !== 0));
 }
@@ -115,6 +116,19 @@ test("norms of heads rotate them, and so do their gradients", () => {
   expect(changes(jobWith({ qk_norm: "head", rope: { theta: 100, fraction: 0.5 } })).rope).toBe(undefined);
 });
 
+test("the sum of a token's rows adds the residual stream forward and the gradient of the router backward, where norms do not", () => {
+  expect(changes(jobWith(moe), ["combine"])).toMatchInlineSnapshot(`
+    {
+      "add": -4,
+      "unpermute": -4,
+      "unpermute_add": 4,
+    }
+  `);
+  // ranks of experts have partial sums of all tokens, which are reduced before anything is added
+  const gathered = { moe: { ...moe.moe, dispatch: "all_gather" } };
+  expect(changes(jobWith(gathered, { world: 2, expert: 2, data: 2 }), ["combine"])).toMatchInlineSnapshot(`{}`);
+});
+
 test("activations of experts are tokens, gate and up where copies of tokens are made again", () => {
   const recompute = { recompute: { mode: "selective", modules: ["moe_permute"] } };
   const job = jobWith(moe, {}, recompute);
@@ -141,6 +155,12 @@ describe.each(Object.entries(meshes))("%s", (_, parallel) => {
       expect(Math.abs((fused.losses[n]?.[0] ?? 0) / loss - 1)).toBeLessThan(1e-6);
       expect(Math.abs((fused.losses[n]?.[1] ?? 0) / norm - 1)).toBeLessThan(1e-5);
     }
+    for (const [name, g] of plain.gradients) expect(distance(fused.gradients.get(name)?.data ?? [], g.data), name).toBeLessThan(1e-5);
+  });
+  test("experts, without the sums of norms: losses are those of the program that is not fused", async () => {
+    const job = jobWith(moe, parallel);
+    const [plain, fused] = [await train(planOf(job, false)), await train(planOf(job, ["sums", "activations", "epilogues", "combine"]))];
+    for (const [n, [loss]] of plain.losses.entries()) expect(Math.abs((fused.losses[n]?.[0] ?? 0) / loss - 1)).toBeLessThan(1e-6);
     for (const [name, g] of plain.gradients) expect(distance(fused.gradients.get(name)?.data ?? [], g.data), name).toBeLessThan(1e-5);
   });
 });

@@ -2,6 +2,7 @@
 
 import { cudaType } from "../../../schemas/dtypes.ts";
 import { render } from "../../../templates/bindings.ts";
+import { unpermuteAdd } from "../../ops/fused.ts";
 import { pack, packGrad, permute, unpermute } from "../../ops/moe.ts";
 import { invariant } from "../../ops/op.ts";
 import { cudaKernel, type GeneratedKernel, type KernelOperand, type KernelSpec, offsetsAt, operandOf } from "../kernelSpec.ts";
@@ -13,6 +14,7 @@ import { shareRow, source, vectorOf } from "./text.ts";
 export const moe = {
   permute: cudaKernel(permute, (spec) => join(spec, spec.makesRows ? makeRows(spec, true) : mapRows(spec), broadcastRows(spec))),
   unpermute: cudaKernel(unpermute, (spec) => join(spec, mapRows(spec), reducePartials(spec))),
+  unpermute_add: cudaKernel(unpermuteAdd, (spec) => join(spec, mapRows(spec), reducePartials(spec, operandOf(spec, "z")))),
   pack: cudaKernel(pack, (spec) => {
     const [from, to] = [operandOf(spec, "p"), operandOf(spec, "r")];
     if (spec.makesRows) return join(spec, makeRows(spec, false, { from, to }));
@@ -120,19 +122,19 @@ function broadcastRows(spec: CopySpec): KernelPart {
   };
 }
 
-/** Sums the rows of each token. */
-function reducePartials(spec: CopySpec): KernelPart {
+/** Sums the rows of each token, and adds its vector of `addend`. */
+function reducePartials(spec: CopySpec, addend?: KernelOperand): KernelPart {
   const { shares, ...how } = perToken(spec, 2);
   return {
     body: render("cuda/reduce_partials.cu", {
       name: spec.name,
       ...shares,
       ...how,
-      deep: 4,
+      ...{ deep: 4, addend: addend ? cudaType(addend.dtype) : "" },
       type: cudaType(spec.dtype.r),
       out: cudaType(spec.dtype.x),
     }),
-    launches: [tokenLaunch(spec, shares, [scratchStart, "r", "x"])],
+    launches: [tokenLaunch(spec, shares, [scratchStart, "r", ...(addend ? [addend.name] : []), "x"])],
   };
 }
 

@@ -1,8 +1,9 @@
 /** Fusion of products with the formulas that read them: swiglu with the product of its input, and its gradient with the input gradient after it. */
-import { readsOf, rowIndexOf, writesOf } from "../../../schemas/effects.ts";
+import { writesOf } from "../../../schemas/effects.ts";
 import type { Compute, Instruction } from "../../../schemas/plan.ts";
 import type { FusedOpName } from "../../ops/index.ts";
 import type { BufferUses } from "./bufferUses.ts";
+import { canMove } from "./canMove.ts";
 
 /** A formula of a product: its operand that is the product, the op of the product, and the op of both. */
 interface Pair {
@@ -56,12 +57,4 @@ function fused(
   if (!uses.isBetweenTwo(result)) return undefined;
   uses.delete(result);
   return { ...i, op, dims: product.dims, reads: { dz: from, w, ...reads } };
-}
-
-/** Returns whether an instruction may run after those that follow it: they neither read what it writes nor write what it reads or writes. */
-function canMove(i: Compute, after: readonly Instruction[], uses: BufferUses): boolean {
-  const buffers = { get: (id: string) => uses.get(id) };
-  const written = new Set(writesOf(i, buffers));
-  const fixed = new Set([...Object.values(i.reads), ...written, rowIndexOf(i, buffers)]);
-  return after.every((other) => !readsOf(other).some((id) => written.has(id)) && !writesOf(other, buffers).some((id) => fixed.has(id)));
 }
