@@ -49,6 +49,15 @@ export function rowIndexOf(i: Compute, buffers: Buffers): string | undefined {
   return undefined;
 }
 
+/** Returns the first operand that has the rows that an op computes on: it tells how many there may be. Other ragged operands are lists. */
+export function raggedOperandOf<B extends Pick<Buffer, "rows">>(i: Compute, buffers: { get(id: string): B | undefined }): B | undefined {
+  const index = rowIndexOf(i, buffers);
+  if (index === undefined) return undefined;
+  return Object.values({ ...i.reads, ...i.writes })
+    .map((id) => buffers.get(id))
+    .find((b) => b?.rows === index);
+}
+
 /** Returns the i32 buffer to which an op that writes a row index stores how many rows it needed. */
 export const neededOf = ({ rows }: Pick<Compute, "rows">): string | undefined => (rows === undefined ? undefined : `${rows}.needed`);
 

@@ -17,7 +17,8 @@ export function expertLayersOf(model: Pick<Job["model"], "moe" | "mtp" | "layers
   return own + (hasExperts(model, model.layers - 1) ? depthsOf(model) : 0);
 }
 
-type Router = NonNullable<Job["model"]["moe"]>["router"];
+type Moe = NonNullable<Job["model"]["moe"]>;
+type Router = Moe["router"];
 /** Returns the balancing methods with their weights. Lists of different lengths are cut to the shorter one. */
 export function balancesOf({ balance, aux_coeff }: Router): readonly { readonly by: Balance; readonly coeff: number }[] {
   const coeffs = [aux_coeff].flat();
@@ -29,3 +30,26 @@ export function balancesOf({ balance, aux_coeff }: Router): readonly { readonly 
 /** Returns the balancing method that changes the choice of experts instead of adding a loss; undefined if there is none. */
 export const evenBy = ({ balance }: Router): "sinkhorn" | "quantile" | undefined =>
   [balance].flat().find((by): by is "sinkhorn" | "quantile" => by === "sinkhorn" || by === "quantile");
+
+/** On how many of the `ranks` of an expert group a token has experts: at most, and on average if the load is balanced. */
+export interface RanksOfToken {
+  readonly most: number;
+  readonly mean: number;
+}
+/**
+ * Returns on how many of `ranks` a token has experts that chooses `rows` of them: `experts` lie on the ranks in equal, consecutive shares.
+ * On average a token that draws k of E experts misses a rank of K experts with the probability C(E − K, k)/C(E, k). A router that limits
+ * groups limits the ranks; a fractional `rows`, a mean itself, is interpolated.
+ */
+export function ranksOfToken({ experts, router }: Pick<Moe, "experts" | "router">, ranks: number, rows: number): RanksOfToken {
+  const { groups, group_top_k } = router;
+  const own = experts / ranks;
+  const limited = router.type === "top_k" && groups > 1 && rows <= group_top_k * (experts / groups);
+  const reached = !limited ? ranks : ranks % groups === 0 ? (ranks / groups) * group_top_k : Math.min(ranks, group_top_k);
+  const most = Math.min(ranks, reached, Math.ceil(rows));
+  // where groups are whole ranks, a token draws from the experts of those that it reaches
+  const [open, from] = limited && ranks % groups === 0 ? [reached, reached * own] : [ranks, experts];
+  let missed = 1;
+  for (let drawn = 0; drawn < rows; drawn++) missed *= Math.max(0, (from - own - drawn) / (from - drawn)) ** Math.min(1, rows - drawn);
+  return { most, mean: Math.min(most, open * (1 - missed)) };
+}

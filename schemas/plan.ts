@@ -58,6 +58,12 @@ export const Buffer = z.strictObject({
   fanout: count
     .optional()
     .describe("rows of a ragged value per token at most: the router's top_k, or all experts where these choose or are padded"),
+  meanFanout: z
+    .number()
+    .optional()
+    .describe(
+      "mean number of rows of a ragged value per token under balanced routing, if it is not fanout: the ranks that a token is sent to",
+    ),
   quota: z
     .strictObject({ rows: count, sequences: count, positions: count })
     .optional()

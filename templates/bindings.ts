@@ -542,6 +542,8 @@ interface CudaPackCu {
   readonly target: string | number;
   readonly to: string | number;
   readonly what: string | number;
+  readonly wide: boolean;
+  readonly width: string | number;
 }
 
 interface CudaPhiloxCuh {
@@ -602,9 +604,18 @@ interface CudaRopeAnglesCuh {
   readonly vector: string | number;
 }
 
+interface CudaRowChoicesCu {
+  readonly count: string | number;
+  readonly from: string | number;
+  readonly name: string | number;
+  readonly to: string | number;
+  readonly width: string | number;
+}
+
 interface CudaRowReduceCu {
   readonly after: readonly (string | number)[];
   readonly beside: readonly { readonly name: string | number; readonly type: string | number }[];
+  readonly element: string | number;
   readonly hasColumn: boolean;
   readonly lanes: string | number;
   readonly name: string | number;
@@ -1422,6 +1433,7 @@ export interface Templates {
   readonly "cuda/reduce_partials.cu": CudaReducePartialsCu;
   readonly "cuda/rope.cu": CudaRopeCu;
   readonly "cuda/rope_angles.cuh": CudaRopeAnglesCuh;
+  readonly "cuda/row_choices.cu": CudaRowChoicesCu;
   readonly "cuda/row_reduce.cu": CudaRowReduceCu;
   readonly "cuda/rows.cu": CudaRowsCu;
   readonly "cuda/running_mean.cu": CudaRunningMeanCu;

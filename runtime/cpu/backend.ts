@@ -5,6 +5,7 @@
 
 import { totalmem } from "node:os";
 import { storeValues, type TypedMemory, typedMemory, valuesIn } from "../../schemas/dtypes.ts";
+import { raggedOperandOf } from "../../schemas/effects.ts";
 import type { Buffer, BufferKind, Compute, Plan } from "../../schemas/plan.ts";
 import { printable } from "../../schemas/printable.ts";
 import { activationBytes, activationStart } from "../../schemas/program.ts";
@@ -150,8 +151,8 @@ class CpuRankDevice implements HostRankDevice {
       ...Object.entries(i.reads).map(([name, id]) => ({ name, id, output: false })),
       ...Object.entries(i.writes).map(([name, id]) => ({ name, id, output: true })),
     ];
-    const ragged = operands.map(({ id }) => this.#stage.buffer(id)).find((b) => b.ragged);
-    const counts = ragged && (i.rows ?? ragged.rows);
+    const ragged = raggedOperandOf(i, { get: (id) => this.#stage.buffer(id) });
+    const counts = ragged?.rows;
     const rows = counts === undefined ? noRows : (this.#raw(this.#stage.buffer(counts), copy).words as Int32Array);
     const place: ShardContext = { start: (dim) => starts[dim]!, rows, block };
     const tensors: Record<string, Float32Array> = {};

@@ -49,6 +49,7 @@ export const valueTexts: Readonly<Record<string, Readonly<Record<string, string>
   "model.moe.router.force": { none: "the scores choose", uniform: "experts take tokens in turn: for benchmarks" },
   "model.moe.dispatch": {
     all_to_all: "each row is sent to the ranks of its experts",
+    once: "a token is sent once to each rank that has experts of it, which returns one sum",
     all_gather: "every row is sent to every rank of the expert group",
   },
   "model.moe.capacity.drop": {

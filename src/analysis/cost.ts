@@ -9,20 +9,21 @@ import type { AnyOp, Quota } from "../ops/op.ts";
 import type { Mesh } from "../passes/mesh.ts";
 import type { BufferTable } from "./bufferTable.ts";
 
-/** A ragged value [B,S,E,…] with its limits on rows: `fanout` per token (absent: all experts), `quota` per expert. */
+/** A ragged value [B,S,E,…] with its limits on rows: `fanout` per token (absent: all experts), `quota` per expert; the mean is fanout if absent. */
 interface Rows {
   readonly sizes: readonly number[];
   readonly fanout?: number | undefined;
+  readonly meanFanout?: number | undefined;
   readonly quota?: Quota | undefined;
 }
 /** Per dim, the sub-axes that shard it. */
 type Sharding = readonly (readonly number[])[];
 
-/** Returns the rows of a ragged value on one rank under balanced routing: min(B·S·fanout, capacity of all experts) / shards. */
-function expectedRows(mesh: Mesh, { sizes, fanout = sizes[2] ?? 1, quota }: Rows, shardedBy: Sharding): number {
+/** Returns the rows of a ragged value on one rank under balanced routing: min(B·S·mean fanout, capacity of all experts) / shards. */
+function expectedRows(mesh: Mesh, { sizes, fanout = sizes[2] ?? 1, meanFanout: mean = fanout, quota }: Rows, shardedBy: Sharding): number {
   const [B = 1, S = 1, E = 1] = sizes;
   const room = quota ? (B / quota.sequences) * (S / quota.positions) * E * quota.rows : Infinity;
-  return Math.min(B * S * fanout, room) / shardCount(mesh, shardedBy.slice(0, 3).flat());
+  return Math.min(B * S * mean, room) / shardCount(mesh, shardedBy.slice(0, 3).flat());
 }
 
 /**

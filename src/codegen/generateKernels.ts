@@ -3,7 +3,7 @@
  * Layers and stages with equal specs share one kernel. The target `cpu` runs the reference of each op and has no sources.
  */
 
-import { touchedBy } from "../../schemas/effects.ts";
+import { raggedOperandOf, touchedBy } from "../../schemas/effects.ts";
 import { entryOf } from "../../schemas/lookup.ts";
 import { type Buffer, type Compute, type Instruction, type Kernel, type Program, WEIGHTS } from "../../schemas/plan.ts";
 import { microbatchBlocks, microbatchesIn } from "../../schemas/program.ts";
@@ -127,7 +127,7 @@ function kernelSpecOf(i: Compute, mesh: Mesh, buffers: ReadonlyMap<string, Progr
   const operands = [...Object.entries(i.reads), ...Object.entries(i.writes)].map(
     ([name, id]) => [name, entryOf(buffers, id, "buffer")] as const,
   );
-  const ragged = operands.find(([, b]) => b.ragged)?.[1];
+  const ragged = raggedOperandOf(i, buffers);
   const spec = {
     op: i.op,
     d: {

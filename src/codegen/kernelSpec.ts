@@ -53,6 +53,18 @@ export function operandOf<Operand extends string>({ op, dtype, size }: KernelSpe
   return { name, dtype: type, size: elements };
 }
 
+/**
+ * Returns the spec of an op of lists (src/ops/dispatch.ts) as that of the op of dense tokens that it is like: each place of the list is a
+ * token. Throws a BrokenInvariant unless the rank has one group of experts.
+ */
+export function listAsTokens<Operand extends string, Size extends string>(
+  spec: KernelSpec<Operand | "c", Size | "E" | "K">,
+): KernelSpec<Operand | "c", Size | "B" | "S" | "E"> {
+  const { E, K }: Readonly<Record<"E" | "K", number>> = spec.d;
+  invariant(E === K, () => `${spec.op}: a rank has ${E} experts, and a row the weights of ${K}`);
+  return { ...spec, d: { ...spec.d, B: operandOf<Operand | "c">(spec, "c").size / K, S: 1 } };
+}
+
 /** Source and launches of one kernel spec. */
 export interface GeneratedKernel {
   readonly source: string;

@@ -39,7 +39,7 @@ function grouped(module: ModuleBuilder, x: Value): Value {
   const C = m.head_dim;
   const projected = (name: "q" | "k" | "v", dim: string): Value => {
     const made = product(module, `w${name}`, `D,${dim}`, x);
-    const y = name === "q" ? made : declared(made, { pin: { axis: "copies", path: "parallel.tensor" } });
+    const y = name === "q" ? made : declared(made, { pins: [{ axis: "copies", path: "parallel.tensor" }] });
     return m.qkv_bias ? addBias.of({ x: y, bias: bias(`b${name}`, dim) }, {}, at(`attn.w${name}_bias`)) : y;
   };
   const scaled = (name: string, dim: string, y: Value): Value => {

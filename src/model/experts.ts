@@ -2,11 +2,13 @@
  * The mixture of experts of one layer: router → permute → grouped GEMMs → unpermute, plus the shared experts. Dispatch and combine are
  * collectives that `shard` inserts, and so are the regrids where the grid of the experts does not nest with that of the tokens.
  */
+import { ranksOfToken } from "../../schemas/experts.ts";
 import { isGated } from "../../schemas/job.ts";
+import { groupMask, markWeights, packGroups, packRows, permuteRows, rowChoices, unpermuteRows } from "../ops/dispatch.ts";
 import { gatedUnits } from "../ops/gatedUnits.ts";
 import { add, addBiasRows, cast, gemm, groupedGemm } from "../ops/gemm.ts";
 import { pack, permute, sigmoidGate, unpermute } from "../ops/moe.ts";
-import { declared, type Value } from "../ops/op.ts";
+import { type Attrs, declared, type Value } from "../ops/op.ts";
 import { combineWeights } from "../ops/router.ts";
 import { ungatedUnits } from "../ops/ungatedUnits.ts";
 import type { ModuleBuilder } from "./builder.ts";
@@ -27,13 +29,8 @@ export function experts(module: ModuleBuilder, h: Value, moe: Moe): Value {
 /** Applies the routed experts to tokens [B,S,width]. */
 function routed(module: ModuleBuilder, x: Value, moe: Moe, { map: c, weights: p, rows: limits }: Routing, width: "D" | "L"): Value {
   const at = (name: string) => module.at(`moe.${name}`);
-  // dispatch `all_gather`: tokens are gathered over ep, and each rank permutes those of its experts
-  const pin = (v: Value) =>
-    moe.dispatch === "all_gather" ? declared(v, { pin: { dim: "E", axis: "ep", path: "model.moe.dispatch" } }) : v;
-  const rows = pin(permute.of({ x, c }, limits, at("permute")));
+  const { rows, weights, combined } = dispatched(module, x, moe, { map: c, weights: p, rows: limits });
   const w = (name: string, dims: string, r: Value) => groupedGemm.of({ x: r, w: module.weight(name, dims) }, {}, at(name));
-  // the combine weight is sent with the row and applied inside the activation, as in Megatron Core
-  const weights = pin(pack.of({ p, c }, limits, at("pack")));
   const into = (name: "1" | "3"): Value => {
     const product = w(`w${name}`, `E@ep,${width},F@etp`, rows);
     return moe.bias ? addBiasRows.of({ x: product, bias: module.bias(`b${name}`, "E@ep,F@etp") }, {}, at(`w${name}_bias`)) : product;
@@ -42,8 +39,73 @@ function routed(module: ModuleBuilder, x: Value, moe: Moe, { map: c, weights: p,
   const act = isGated(activation)
     ? gatedUnits[activation].rows.of({ gate: into("1"), up: into("3"), p: weights }, {}, at(activation))
     : ungatedUnits[activation].rows.of({ x: into("1"), p: weights }, {}, at(activation));
-  const y = pin(unpermute.of({ r: w("w2", `E@ep,F@etp,${width}`, act), c }, limits, at("unpermute")));
+  const y = combined(w("w2", `E@ep,F@etp,${width}`, act));
   return moe.bias ? add.of({ a: y, b: weightedBiases(module, x, { map: c, weights: p }, width) }, {}, at("w2_bias_sum")) : y;
+}
+
+/** The rows of experts and their weights, which are applied inside the activation as in Megatron Core, and the way back to tokens. */
+interface Dispatched {
+  readonly rows: Value;
+  readonly weights: Value;
+  readonly combined: (r: Value) => Value;
+}
+/** Builds the rows of tokens [B,S,width] and of their weights. */
+function dispatched(module: ModuleBuilder, x: Value, moe: Moe, routing: Routing): Dispatched {
+  if (moe.dispatch === "once" && module.job.parallel.expert > 1) return dispatchedOnce(module, x, moe, routing);
+  const at = (name: string) => module.at(`moe.${name}`);
+  const { map: c, weights: p, rows: limits } = routing;
+  // dispatch `all_gather`: tokens are gathered over ep, and each rank permutes those of its experts
+  const pin = (v: Value) =>
+    moe.dispatch === "all_gather" ? declared(v, { pins: [{ dim: "E", axis: "ep", path: "model.moe.dispatch" }] }) : v;
+  return {
+    rows: pin(permute.of({ x, c }, limits, at("permute"))),
+    weights: pin(pack.of({ p, c }, limits, at("pack"))),
+    combined: (r) => pin(unpermute.of({ r, c }, limits, at("unpermute"))),
+  };
+}
+
+/**
+ * The same for dispatch `once`: the experts of a rank are a group, a token has one row for each group that has experts of it, and such rows
+ * are exchanged. Expert tensor ranks have the same list of rows, since each has a part of every expert.
+ */
+function dispatchedOnce(module: ModuleBuilder, x: Value, moe: Moe, { map: c, weights: p, rows: limits }: Routing): Dispatched {
+  const at = (name: string) => module.at(`moe.${name}`);
+  const G = module.job.parallel.expert;
+  const K = moe.experts / G;
+  const path = "model.moe.dispatch";
+  const onExperts = (v: Value) =>
+    declared(v, {
+      pins: [
+        { dim: "E", axis: "ep", path },
+        { axis: "etp", path },
+      ],
+    });
+  const ofGroups = groupLimits(moe, limits, G);
+  const ofExperts = { ...limits, K };
+  const g = groupMask.of({ c }, { K }, at("group_mask"));
+  const marked = packGroups.of({ p: markWeights.of({ p, c }, {}, at("marked_weights")), c: g }, { ...ofGroups, K }, at("pack_groups"));
+  const list = permute.of({ x, c: g }, ofGroups, at("permute"));
+  const choices = onExperts(rowChoices.of({ v: marked }, {}, at("row_choices")));
+  return {
+    rows: onExperts(permuteRows.of({ x: list, c: choices }, ofExperts, at("permute_rows"))),
+    weights: onExperts(packRows.of({ p: marked, c: choices }, ofExperts, at("pack"))),
+    combined(r) {
+      const sums = onExperts(unpermuteRows.of({ r, c: choices }, ofExperts, at("unpermute_rows")));
+      return unpermute.of({ r: sums, c: g }, ofGroups, at("unpermute"));
+    },
+  };
+}
+
+/** Returns the limits on rows per group of experts, from those per expert. A capacity bounds the experts of a token on average. */
+function groupLimits(moe: Moe, { k = 0, quota, sequences, positions }: Attrs, groups: number): Attrs {
+  const K = moe.experts / groups;
+  if (quota === undefined || sequences === undefined || positions === undefined) {
+    const { most, mean } = ranksOfToken(moe, groups, k);
+    return { k: most, mean };
+  }
+  const { most } = ranksOfToken(moe, groups, k);
+  const { mean } = ranksOfToken(moe, groups, Math.min(k, (quota * moe.experts) / (sequences * positions)));
+  return { k: most, mean, quota: quota * K, sequences, positions };
 }
 
 /**

@@ -5,6 +5,7 @@ import * as documents from "./attentionDocuments.ts";
 import { attentionDropout, attentionDropoutGrad, attentionDropoutPart, attentionDropoutPartGrad } from "./attentionDropout.ts";
 import * as balance from "./balance.ts";
 import * as capacity from "./capacity.ts";
+import * as dispatch from "./dispatch.ts";
 import { dropout, jitter } from "./dropout.ts";
 import * as fused from "./fused.ts";
 import { gatedUnits } from "./gatedUnits.ts";
@@ -47,6 +48,7 @@ const all = [
   ...Object.values(balance),
   ...Object.values(capacity),
   ...Object.values(moe),
+  ...Object.values(dispatch),
   ...Object.values(gatedUnits).flatMap(({ dense, denseGrad, rows, rowsGrad }) => [dense, denseGrad, rows, rowsGrad]),
   ...Object.values(ungatedUnits).flatMap(({ dense, denseGrad, rows, rowsGrad }) => [dense, denseGrad, rows, rowsGrad]),
   ...Object.values(optimizer),

@@ -12,11 +12,13 @@
 import { type Dtype, dtypes } from "../../schemas/dtypes.ts";
 import type { OpName } from "../../schemas/opNames.ts";
 import type { HostInput } from "../../schemas/plan.ts";
+import type { DimAxes, Pin, Quota, Regrid, Sharing } from "./declarations.ts";
 import { type Expr, layoutOf, operandsOf, type Result } from "./formula.ts";
 import { type CpuFormula, cpuFormula } from "./formulaCpu.ts";
 import { invariant } from "./invariant.ts";
 import { dimSize, type Operand, operandsOfSide, sharersOf } from "./signature.ts";
 
+export type { Pin, Quota, Regrid, Sharing } from "./declarations.ts";
 export { BrokenInvariant, invariant } from "./invariant.ts";
 export type { DimSpec, Operand } from "./signature.ts";
 
@@ -71,6 +73,8 @@ interface BaseDeclaration<S extends string, N extends GraphOpName, A extends str
   readonly linear?: true;
   /** f is linear in this input alone: if it is a partial sum over copies of the same rows, all outputs may stay partial. */
   readonly linearIn?: In<S>;
+  /** The operand whose rows the ragged outputs have; default: the first ragged one. */
+  readonly rowsLike?: In<S>;
   /** Types of outputs; default: the type of the first float input. */
   readonly types?: Partial<Each<Out<S>, Dtype>>;
   /** Outputs that receive a gradient, in the order of `dys`; default: the first output. */
@@ -109,13 +113,14 @@ export interface FormulaDeclaration<S extends string, N extends OpName, A extend
 export interface AnyOp<N extends GraphOpName = OpName>
   extends Omit<
     BaseDeclaration<string, N, string, string>,
-    "rows" | "grad" | "flops" | "types" | "inPlace" | "limits" | "gradOutputs" | "linearIn"
+    "rows" | "grad" | "flops" | "types" | "inPlace" | "limits" | "gradOutputs" | "linearIn" | "rowsLike"
   > {
   /** Adds a node of this op to the graph and returns its outputs by name. Throws a BrokenInvariant where shapes disagree. */
   all(args: Readonly<Record<string, Value>>, attrs?: Attrs, id?: string): Readonly<Record<string, Value>>;
   readonly inputs: readonly Operand[];
   readonly outputs: readonly Operand[];
   readonly linearIn?: string;
+  readonly rowsLike?: string;
   readonly types?: Readonly<Record<string, Dtype>>;
   readonly inPlace?: readonly string[];
   readonly limits?: Readonly<Record<string, string>>;
@@ -152,12 +157,6 @@ export type OperandName<O> = O extends Op<infer S, infer _N, infer _A> ? In<S> |
 /** The names of dims and attributes of an op. */
 export type SizeName<O> = O extends Op<infer S, infer _N, infer A> ? Dim<S> | A : never;
 
-/** The largest number of `rows` per expert in each group of `sequences` × `positions` tokens. */
-export interface Quota {
-  readonly rows: number;
-  readonly sequences: number;
-  readonly positions: number;
-}
 /** A tensor of the graph with global sizes, one per dim. The ragged dims come first. `declared` returns a copy with other declarations. */
 export interface Value {
   readonly node?: Node;
@@ -166,6 +165,8 @@ export interface Value {
   readonly ragged: number;
   /** Largest number of rows per (b,s) of a ragged value: top_k of the router. */
   readonly fanout: number;
+  /** Mean number of rows per (b,s) of a ragged value under balanced routing; absent: fanout. */
+  readonly meanFanout?: number;
   /** Largest number of rows per expert of a ragged value. */
   readonly quota?: Quota;
   readonly leaf?: Leaf;
@@ -173,7 +174,7 @@ export interface Value {
   /** Of an output that its op updates in place: the leaf whose memory it is. */
   readonly updates?: Value;
   /** Per dim the mesh axes that must shard it; absent: `shard` decides. */
-  readonly shardAxes?: readonly (readonly string[])[];
+  readonly shardAxes?: DimAxes;
 }
 /** A value that no op of the graph produces. `gradient` and `state` are leaves of the optimizer step (src/passes/updateGraph.ts). */
 export interface Leaf {
@@ -195,11 +196,6 @@ export interface Leaf {
 }
 /** A value that no op produces. */
 export type LeafValue = Value & { readonly leaf: Leaf };
-/** Per dim the mesh axes that shard it, outermost first, before and after a regrid: all axes of one grid, then all of the other. */
-export interface Regrid {
-  readonly from: NonNullable<Value["shardAxes"]>;
-  readonly to: NonNullable<Value["shardAxes"]>;
-}
 /** One use of an op in the graph. `changed` returns a copy with other declarations. */
 export interface Node {
   readonly op: AnyOp<GraphOpName>;
@@ -214,8 +210,8 @@ export interface Node {
   /** The position whose name the id has, if it is another: a sum of gradients is named after the value and runs where the value is read. */
   readonly namedAt?: number | undefined;
   readonly backward: boolean;
-  /** The dim that a mesh axis must shard. Without a dim the axis shards none: its ranks repeat the work. */
-  readonly pin?: { readonly dim?: string; readonly axis: string; readonly path: string } | undefined;
+  /** The dims that mesh axes must shard. */
+  readonly pins?: readonly Pin[] | undefined;
   /** A replicated dim that need not be gathered: its shards, laid out like dim `as`, pass around a ring of ranks (ring.ts). */
   readonly ring?: { readonly dim: string; readonly as: string; readonly path: string } | undefined;
   /** Of a regrid node: the axes that shard its input and its output. */
@@ -223,18 +219,7 @@ export interface Node {
   /** How ranks share the elements of a dim that are fewer than the ranks. */
   readonly sharing?: Sharing | undefined;
 }
-/**
- * The dim `dim` may be sharded more finely than it has elements: then neighbouring ranks, those along the axis `axis`, have copies of one
- * element, and each computes a part of the inner dim `inner`. All ranks of the axis `within` shard the dim.
- */
-export interface Sharing {
-  readonly dim: string;
-  readonly inner: string;
-  readonly axis: string;
-  readonly within: string;
-  readonly path: string;
-}
-type NodeDeclarations = Pick<Node, "pin" | "ring" | "regrid" | "sharing">;
+type NodeDeclarations = Pick<Node, "pins" | "ring" | "regrid" | "sharing">;
 type ValueDeclarations = Pick<Value, "shardAxes"> & Partial<Pick<Value, "dtype">>;
 
 /** Returns a copy of a node that differs in `changes`. Its outputs are new values: copies of `outs`, which are its own by default. */
@@ -248,11 +233,11 @@ export function changed(
   return made;
 }
 /** Returns a copy of the result of a node with other declarations about it or its node. Throws an invariant for a leaf. */
-export function declared(value: Value, { pin, ring, regrid, sharing, ...own }: NodeDeclarations & ValueDeclarations): Value {
+export function declared(value: Value, { pins, ring, regrid, sharing, ...own }: NodeDeclarations & ValueDeclarations): Value {
   const { node } = value;
   invariant(node !== undefined, () => `${value.leaf?.name} is the result of no node`);
   const outs = node.outs.map((out) => (out.out === value.out ? { ...out, ...own } : out));
-  const given = { ...(pin && { pin }), ...(ring && { ring }), ...(regrid && { regrid }), ...(sharing && { sharing }) };
+  const given = { ...(pins && { pins }), ...(ring && { ring }), ...(regrid && { regrid }), ...(sharing && { sharing }) };
   return outputOf(changed(node, { ...given, outs }), value.out);
 }
 /** Returns an output of a node by its index. */
@@ -317,13 +302,14 @@ export function nodeOf(op: Node["op"], args: readonly Value[], attrs: Attrs, id:
   const outs: Value[] = [];
   const node: Node = { op, args, attrs, outs, size, id, position, backward: false };
   const like = args.find((v) => dtypes[v.dtype].kind === "float")?.dtype ?? "f32";
-  const rows = args.find((v) => v.ragged) ?? { fanout: attrs.k ?? 0, ...(attrs.quota ? { quota: quotaOf(attrs) } : {}) };
+  const rows = rowSourceOf({ op, args }) ?? limitsOf(attrs);
   for (const [out, o] of expand(node).outputs.entries())
     outs.push({
       node,
       out,
       ragged: o.ragged,
       fanout: o.ragged ? rows.fanout : 0,
+      ...(o.ragged && rows.meanFanout !== undefined ? { meanFanout: rows.meanFanout } : {}),
       ...(o.ragged && rows.quota ? { quota: rows.quota } : {}),
       sizes: o.dimSpecs.map((s) => dimSize(s, size)),
       dtype: op.types?.[o.name] ?? like,
@@ -338,12 +324,24 @@ export function withArgs(node: Node, args: readonly Value[], attrs: Attrs = node
     const { dtype, shardAxes, updates } = outputOf(node, out.out);
     return { ...out, dtype, ...(shardAxes && { shardAxes }), ...(updates && { updates }) };
   });
-  const { position, namedAt, backward, pin, ring, regrid, sharing } = node;
-  return changed(made, { position, namedAt, backward, pin, ring, regrid, sharing, outs });
+  const { position, namedAt, backward, pins, ring, regrid, sharing } = node;
+  return changed(made, { position, namedAt, backward, pins, ring, regrid, sharing, outs });
 }
 
-/** Reads the quota of an op that makes rows from its attributes. */
-const quotaOf = ({ quota, sequences, positions }: Attrs): Quota => ({ rows: quota!, sequences: sequences!, positions: positions! });
+/** Returns the operand whose rows the ragged results of an op have; undefined if the op makes rows. */
+export function rowSourceOf({ op, args }: Pick<Node, "op" | "args">): Value | undefined {
+  if (op.rows) return undefined;
+  const named = op.rowsLike === undefined ? undefined : args[op.inputs.findIndex((i) => i.name === op.rowsLike)];
+  return named ?? args.find((v) => v.ragged);
+}
+/** Reads the limits on the rows that an op makes from its attributes. */
+function limitsOf({ k = 0, mean, quota, sequences, positions }: Attrs): Pick<Value, "fanout" | "meanFanout" | "quota"> {
+  return {
+    fanout: k,
+    ...(mean !== undefined && { meanFanout: mean }),
+    ...(quota ? { quota: { rows: quota, sequences: sequences!, positions: positions! } } : {}),
+  };
+}
 
 /** Returns the operands of one use of an op, with `...` replaced by the dims of the argument. */
 export function expand({ op: o, args }: Pick<Node, "op" | "args">): { inputs: readonly Operand[]; outputs: readonly Operand[] } {

@@ -94,11 +94,11 @@ class Recomputed {
     return outputIn(this.#clones, v);
   }
   /** Clones a node. The arguments that are recomputed must have their clones already. */
-  #clone({ op, args, attrs, id, position, pin, ring, regrid, outs }: Node): Node {
+  #clone({ op, args, attrs, id, position, pins, ring, regrid, outs }: Node): Node {
     const operands = args.map((arg) => this.#cloneOf(arg));
     const made = nodeOf(op, operands, attrs, `${id}.again`);
     const typed = pairs(made.outs, outs).map(([out, { dtype }]) => ({ ...out, dtype }));
-    return changed(made, { position, pin, ring, regrid, backward: true, outs: typed });
+    return changed(made, { position, pins, ring, regrid, backward: true, outs: typed });
   }
 }
 
@@ -197,7 +197,7 @@ class Backward {
       const made = changed(n, {
         ...{ id: this.#unique(named?.id ?? `${from.id}.${n.op.suffix ?? "grad"}`), position: from.position, backward: true },
         ...(named && { namedAt: named.at }),
-        ...(n.op !== add && { pin: from.pin, ring: from.ring }),
+        ...(n.op !== add && { pins: from.pins, ring: from.ring }),
         args: n.args.map((arg) => outputIn(this.#adopted, arg)),
         outs: n.outs.map((out) => ({ ...out, dtype: types.get(out) ?? out.dtype })),
       });

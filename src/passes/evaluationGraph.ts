@@ -25,4 +25,4 @@ export function evaluationGraph(model: ModelGraph): TrainingGraph {
   return { losses, parameters, order, grad: none, parameterGrads: none, gradOf: none, updates: [], scalars: none };
 }
 
-const kept = ({ pin, ring, regrid, sharing }: Parameters<typeof changed>[0]) => ({ pin, ring, regrid, sharing });
+const kept = ({ pins, ring, regrid, sharing }: Parameters<typeof changed>[0]) => ({ pins, ring, regrid, sharing });

@@ -9,7 +9,7 @@ import { BufferTable } from "../analysis/bufferTable.ts";
 import { boundOfRows } from "../analysis/cost.ts";
 import type { Loss } from "../model/builder.ts";
 import { layerAtPosition } from "../model/positions.ts";
-import { type AnyOp, invariant, type Value } from "../ops/op.ts";
+import { type AnyOp, invariant, rowSourceOf, type Value } from "../ops/op.ts";
 import { indexLength } from "../ops/rearrange.ts";
 import { idOf } from "./backward.ts";
 import { dimAxesName, layoutText } from "./bufferNames.ts";
@@ -210,6 +210,7 @@ export class ProgramBuilder {
     const bound = boundOfRows(this.mesh, v, layout.shardedBy, this.job.model.moe?.rows_bound ?? "worst");
     return this.add({
       ...{ ...common, kind: "workspace", shape: [bound, ...shape.slice(3)], fanout: v.fanout },
+      ...(v.meanFanout !== undefined && { meanFanout: v.meanFanout }),
       ...(v.quota ? { quota: { ...v.quota } } : {}),
       rows: this.#rowsOf(shardedValue, bound),
     });
@@ -317,7 +318,7 @@ function nameOf({ how, subAxes: [first], from, to }: Extract<ShardStep, { kind: 
 function rowsetOf(v: Value): string {
   const { node } = v;
   invariant(node !== undefined, () => `${idOf(v)} is ragged and has no routing`);
-  const source = node.op.rows ? node.args[node.op.inputs.findIndex((i) => i.name === "c")] : node.args.find((a) => a.ragged);
+  const source = node.op.rows ? node.args[node.op.inputs.findIndex((i) => i.name === "c")] : rowSourceOf(node);
   invariant(source !== undefined, () => `${node.id} has no ragged operand`);
   return node.op.rows ? idOf(source) : rowsetOf(source);
 }

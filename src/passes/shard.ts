@@ -11,7 +11,8 @@
  *   5  the dim by which all sharded inputs agree
  *   6  a dim of the output (a dim of inputs only would make it partial), then the dim of the first operand
  * One invariant (7) holds: a complete gradient has the layout of its value. Two gradients may be partial: that of a parameter until
- * the end of the step, and that of a value with copies on several ranks, over those ranks, until it reaches a parameter.
+ * the end of the step, and that of a value with copies on several ranks, or that several ranks compute as the model pins no dim, over those
+ * ranks, until it reaches a parameter or an op that is not linear.
  * Every choice gives the same numbers (a law that tests check); the rules decide only the cost.
  *
  * The parts: sharding/dimChoice.ts applies the rules, resharder.ts inserts reshard steps and transfers, nodeSharder.ts uses both for one

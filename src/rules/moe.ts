@@ -155,6 +155,23 @@ export const moe = [
     bad: "model: {moe: {experts: 8, top_k: 2, router: {aux_coeff: 0.01}, rows_bound: 1.1}}\nparallel: {world: 4, expert: 4}",
   }),
   rule({
+    code: "E444",
+    title: "dispatch: once saves nothing",
+    why: "A token is sent once to each rank that has several of its experts. With expert 1 no row is sent, and with top_k 1 a token has one expert.",
+    level: "warning",
+    *check({ model: { moe }, parallel: p }) {
+      if (moe?.dispatch !== "once" || (p.expert > 1 && moe.top_k > 1)) return;
+      yield {
+        at: "model.moe.dispatch",
+        related: ["parallel.expert", "model.moe.top_k"],
+        found: p.expert === 1 ? "expert 1" : "top_k 1",
+        fix: "leave it out: the numbers are the same",
+        safe: { "model.moe.dispatch": "all_to_all" },
+      };
+    },
+    bad: "model: {moe: {experts: 8, top_k: 2, router: {aux_coeff: 0.01}, dispatch: once}}",
+  }),
+  rule({
     code: "E433",
     title: "the capacity factor is not above 0",
     why: "An expert has room for factor times its balanced share of tokens. Megatron-LM treats a negative factor as no capacity and drops nothing, without a message.",

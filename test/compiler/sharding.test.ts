@@ -30,12 +30,12 @@ const nodeOf = (v: Value): Node => {
 };
 
 /** Returns the choices of both sub-axes for a product whose operands have the given layouts. */
-function choicesFor(x: Layout, w: Layout, pin?: Node["pin"]) {
+function choicesFor(x: Layout, w: Layout, pins?: Node["pins"]) {
   const placements = new Placements(mesh);
   const [a, b] = [leaf("input", "x", [4, 8, 16]), leaf("parameter", "w", [16, 32])] as const;
   placements.place(a, x, 0);
   placements.place(b, w, 0);
-  const node = changed(nodeOf(gemm.of({ x: a, w: b }, {}, "product")), { pin });
+  const node = changed(nodeOf(gemm.of({ x: a, w: b }, {}, "product")), { pins });
   const uses = usesOf(node);
   const chosen = chooseDims(uses, placements, new Map());
   return {
@@ -49,7 +49,7 @@ test("a parameter's dim comes before that of an activation: parameters are not r
 });
 
 test("a pin comes before a parameter", () => {
-  const pin = { dim: "B", axis: "tp", path: "parallel.tensor" };
+  const pin = [{ dim: "B", axis: "tp", path: "parallel.tensor" }];
   expect(choicesFor(layout([[], [], []]), layout([[], [tp]]), pin).chosen).toEqual(["B", "none"]);
 });
 

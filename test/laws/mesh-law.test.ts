@@ -257,6 +257,28 @@ describe("on named meshes", () => {
       const train = { optimizer: { lr: 1e-2, type: "muon" }, global_batch: 8 };
       same(await numbers(jobOf(text(model, parallel, train))), await reference(text(model, { world: 1 }, train)));
     });
+  // a token is sent once to each rank with experts of it, and the rank returns one sum: the sums over experts have another order
+  const once: [Parallel, object?, object?][] = [
+    [{ world: 8, tensor: 2, sequence: true, expert: 4, expert_tensor: 2, distributed_optimizer: true }, { shared: { ffn: 24 } }],
+    [{ world: 4, expert: 4 }, { rows_bound: 4, latent: 12 }, { recompute: { mode: "selective", modules: ["moe_permute"] } }],
+    [{ world: 8, pipeline: 2, expert: 2, expert_tensor: 2 }, { bias: true }, { recompute: { mode: "full" } }],
+    [{ world: 4, expert: 2 }, { top_k: 3 }, { recompute: { mode: "selective", modules: ["moe"] } }],
+    [
+      { world: 8, pipeline: 2, schedule: "zero_bubble", context: 2, expert: 4, expert_overlap: "shared" },
+      { shared: { ffn: 24, gate: true } },
+    ],
+    [{ world: 4, expert: 4 }, { router: { groups: 2, group_top_k: 1, aux_coeff: 0.05 } }],
+    [{ world: 4, expert: 4 }, { router: { type: "expert_choice", normalize_top_k: false } }],
+  ];
+  for (const { options, rows } of byTier(once, (_, i) => i < 2))
+    test.each(rows.map((c) => [JSON.stringify(c), ...c] as const))(
+      "the dispatcher once: %s",
+      options,
+      async (_, parallel, over = {}, train = {}) => {
+        const of = (dispatch: string, mesh: Parallel, more: object) => text(shape({ moe: { ...moe, ...over, dispatch } }), mesh, more);
+        same(await numbers(jobOf(of("once", parallel, train))), await reference(of("all_to_all", { world: 1 }, {})));
+      },
+    );
   test("the dispatcher all_gather", full, async () => {
     const model = shape({ moe: { ...moe, dispatch: "all_gather" } });
     same(
@@ -281,6 +303,7 @@ describe("on grids that do not nest", () => {
     [{ world: 12, tensor: 2, sequence: true, context: 2, expert: 3, expert_tensor: 2, distributed_optimizer: true }],
     [{ world: 12, tensor: 2, sequence: true, expert: 3, distributed_optimizer: true, optimizer_instances: 2 }],
     [{ world: 6, tensor: 2, sequence: true, expert: 3 }, { router: { type: "expert_choice", normalize_top_k: false } }],
+    [{ world: 12, tensor: 2, sequence: true, context: 2, expert: 3, expert_tensor: 2, distributed_optimizer: true }, { dispatch: "once" }],
   ];
   for (const { options, rows } of byTier(pairs, (_, i) => i === 6))
     test.each(rows.map((c) => [JSON.stringify(c), ...c] as const))("%s", options, async (_, parallel, over = {}, train = {}) => {
@@ -367,6 +390,8 @@ describe("with a capacity, for equal shardings of the sequence", () => {
     [{ factor: 0.75 }, "all_gather"],
     [{ factor: 1, drop: "position" }, "all_to_all"],
     [{ factor: 1, pad: true }, "all_to_all"],
+    [{ factor: 0.75 }, "once"],
+    [{ factor: 1, pad: true }, "once"],
     [{ factor: 1.5, drop: "position", pad: true }, "all_gather"],
   ];
   const cases = capacities.map(([c, dispatch]) => [JSON.stringify(c), dispatch, c] as const);
@@ -512,7 +537,7 @@ const anyJob = fc
           { factor: 0.75, drop: "position" },
           { factor: 1, pad: true },
         ),
-        dispatch: oneOf("all_to_all", "all_gather"),
+        dispatch: oneOf("all_to_all", "once", "all_gather"),
         shared: oneOf(null, null, { ffn: 24 }, { ffn: 24, gate: true }),
         latent: oneOf(null, null, 16),
         bias: fc.boolean(),

@@ -42,6 +42,10 @@ const cases: Readonly<Record<string, readonly [parallel: object, model?: object,
     { world: 4, pipeline: 2, virtual_pipeline: 2, distributed_optimizer: true },
     { layers: 4, tie_embeddings: true },
   ],
+  "a token is sent once to each rank with experts of it": [
+    { world: 8, tensor: 2, sequence: true, expert: 4, expert_tensor: 2, distributed_optimizer: true },
+    { moe: { ...moe, experts: 8, top_k: 3, dispatch: "once" } },
+  ],
   "a pipeline without bubbles": [{ world: 8, pipeline: 2, schedule: "zero_bubble", expert: 2, distributed_optimizer: true }, { moe }],
   "latent experts, recomputed, on grids that do not nest": [
     { world: 6, tensor: 2, sequence: true, expert: 3, distributed_optimizer: true },

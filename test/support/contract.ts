@@ -11,7 +11,7 @@ import { ops } from "../../src/ops/index.ts";
 import { type AnyOp, expandLike, type Operand } from "../../src/ops/op.ts";
 import { dimSize } from "../../src/ops/signature.ts";
 import { type RowsMode, type Set as SizeSet, sets, sizesAt, variantsOf } from "./contractSizes.ts";
-import { documentsOf, random, type Sizes } from "./opCases.ts";
+import { documentsOf, elements, hasList, isList, random, type Sizes } from "./opCases.ts";
 import { isFull } from "./tiers.ts";
 import { messageDrafts } from "./transportCases.ts";
 
@@ -245,6 +245,7 @@ function makeCase({ op, name, set, attrs, dtype, kept, seed, ragged = false, mak
   const next = random(1000 * seed + 17);
   const d: Record<string, number> = {
     ...{ ...sizesAt(op.name, name), ...attrs },
+    ...(hasList(op) && { B: set.sizes.B! * set.sizes.S!, S: 1, K: set.sizes.E! }),
     ...(ragged ? { "#0": set.sizes.B!, "#1": set.sizes.S!, "#2": set.sizes.E!, "#3": set.sizes.D! } : {}),
   };
   const { inputs, outputs } = expandLike(op, ragged ? { dimSpecs: 4, ragged: 3 } : { dimSpecs: 2, ragged: 0 });
@@ -260,7 +261,9 @@ function makeCase({ op, name, set, attrs, dtype, kept, seed, ragged = false, mak
     : 0;
   const overflows = count > bound;
 
-  const lengthOf = (o: Operand): number => o.dimSpecs.slice(o.ragged).reduce((n, slot) => n * dimSize(slot, d), o.ragged ? bound : 1);
+  const existing = (o: Operand): boolean => o.ragged > 0 && !isList(o);
+  const lengthOf = (o: Operand): number =>
+    isList(o) ? elements(o, d) : o.dimSpecs.slice(o.ragged).reduce((n, slot) => n * dimSize(slot, d), o.ragged ? bound : 1);
   const accumulates = new Set([...(op.inPlace ?? []), ...kept]);
   const host: Record<string, Float32Array> = {};
   for (const [i, o] of operands.entries()) {
@@ -276,7 +279,7 @@ function makeCase({ op, name, set, attrs, dtype, kept, seed, ragged = false, mak
   op.cpu(before, d, { start, rows });
   const want: Buffers = {};
   for (const o of outputs) {
-    const exists = o.ragged ? (lengthOf(o) / bound) * rows[0]! : lengthOf(o);
+    const exists = existing(o) ? (lengthOf(o) / bound) * rows[0]! : lengthOf(o);
     want[o.name] = before[o.name]!.subarray(0, exists);
   }
 
@@ -332,7 +335,7 @@ function fill(
   if (o.name === "source") return out.map(() => Math.floor(((next() + 1) / 2) * (d.K ?? 0)));
   // some ids belong to the pieces before and after
   if (indices.has(o.name)) return out.map(() => Math.floor(start("V") - 2 + ((next() + 1) / 2) * (d.V! + 4)));
-  if (/^[cd]$/.test(o.name) && o.dimSpecs.at(-1)?.dim === "E")
+  if (/^[cd]$/.test(o.name) && (o.dimSpecs.at(-1)?.dim === "E" || isList(o)))
     return hasRows(op) && mask.length === length ? mask.slice() : out.map(() => Number(next() > 0));
   // in steps of 1/8, so that some are equal
   if (["apply_capacity", "expert_choice_mask"].includes(op.name) && o.name === "p") return out.map(() => Math.floor(8 * positive()) / 8);

@@ -13,6 +13,7 @@ import { vi } from "vitest";
 import { cubinFile } from "../../runtime/cuda/kernels.ts";
 import { koffi } from "../../runtime/cuda/libraries.ts";
 import { bytesOf, storeValues, typedMemory, valuesIn } from "../../schemas/dtypes.ts";
+import { raggedOperandOf } from "../../schemas/effects.ts";
 import { type Buffer, type Compute, type Kernel, type Launch, type Plan, WEIGHTS } from "../../schemas/plan.ts";
 import { instructionsOf } from "../../schemas/program.ts";
 import { elementsOf, shardCount } from "../../schemas/sharding.ts";
@@ -114,11 +115,11 @@ export function asCuda(plan: Plan): { readonly plan: Plan; readonly kernels: Ker
     const { accumulates, ...writing } = user;
     const i = user.first_kernel === k.id || accumulates === undefined ? writing : { ...writing, accumulates };
     const operands = [...Object.entries(i.reads), ...Object.entries(i.writes)].map(([name, id]) => [name, buffers.get(id)!] as const);
-    const ragged = operands.find(([, b]) => b.ragged)?.[1];
+    const ragged = raggedOperandOf(i, buffers);
     const overflow = i.rows && buffers.has(`${i.rows}.needed`);
     const starts = Object.keys(i.dims);
     const { runtimeAttrs = [] } = ops[i.op];
-    const rows = ragged && buffers.get(i.rows ?? ragged.rows!)!;
+    const rows = ragged && buffers.get(ragged.rows!)!;
     serve[k.id] = byReference(plan, i, operands, { ragged, rows, overflow: overflow === true, starts, runtimeAttrs });
     const launch = planLaunch({
       entry: k.id,

@@ -45,16 +45,23 @@ export function random(seed: number): () => number {
   };
 }
 
+/** Whether an operand is a list of rows by place (src/ops/dispatch.ts): all places exist, and the index of an op tells of other rows. */
+export const isList = (o: Operand): boolean => o.ragged > 0 && o.dimSpecs.some((s) => s.shared !== undefined);
+/** Whether an op has such an operand. Then each place is a token, of one position, and a rank has the experts of one group. */
+export const hasList = (op: AnyOp): boolean => [...op.inputs, ...op.outputs].some(isList);
+
 export function makeCase(op: AnyOp, seed: number, attrs: Partial<Record<keyof typeof ATTRS, number>> = {}): Case {
   const next = random(seed);
   const { inputs, outputs } = expandLike(op, { dimSpecs: 2, ragged: 0 });
-  const sizes: Sizes = { ...ATTRS, ...attrs, ...SIZES };
-  const { B, S, E, V } = SIZES;
+  const { B, E, V } = SIZES;
+  const S = hasList(op) ? 1 : SIZES.S;
+  const K = hasList(op) ? E : SIZES.K;
+  const sizes: Sizes = { ...ATTRS, ...attrs, ...SIZES, S, K };
   const chosen = someExperts(B * S, E, next);
   const rows = rowsOf(chosen, B, S, E);
   const fill = (o: Operand): Float32Array => {
     const out = new Float32Array(elements(o, sizes));
-    if (o.name === "c" && o.dimSpecs.at(-1)?.dim === "E")
+    if (o.name === "c" && (o.dimSpecs.at(-1)?.dim === "E" || isList(o)))
       return chosen.length === out.length ? chosen : someExperts(out.length / E, E, next);
     // weights are above 0, and their sums well above
     if (o.name === "p" && o.dimSpecs.at(-1)?.dim === "E") return out.map(() => 1.2 + next());
@@ -71,7 +78,7 @@ export function makeCase(op: AnyOp, seed: number, attrs: Partial<Record<keyof ty
   const arrays = Object.fromEntries(
     [...inputs, ...updated].map((o) => [o.name, o.dimSpecs.length || !updated.includes(o) ? fill(o) : new Float32Array(1)]),
   );
-  return { op, inputs, outputs, attrs: { ...ATTRS, ...attrs }, sizes, arrays, rows };
+  return { op, inputs, outputs, attrs: { ...ATTRS, ...attrs, K }, sizes, arrays, rows };
 }
 
 /**
@@ -125,7 +132,8 @@ export function execute(c: Case, start: (dim: string) => number = () => 0): Reco
 /** The dims that the signature allows to shard: leading factors of dims that no operand reads completely. */
 export function cuttable({ inputs, outputs }: Pick<Case, "inputs" | "outputs">): string[] {
   const dimSpecs = [...inputs, ...outputs].flatMap((o) => o.dimSpecs);
-  const fixed = new Set(dimSpecs.flatMap((s) => (s.replicated ? [s.dim, ...s.inner] : s.inner)));
+  const ofLists = [...inputs, ...outputs].some(isList) ? ["S", "E", "K"] : [];
+  const fixed = new Set([...dimSpecs.flatMap((s) => (s.replicated ? [s.dim, ...s.inner] : s.inner)), ...ofLists]);
   return [...new Set(dimSpecs.map((s) => s.dim))].filter((d) => !fixed.has(d));
 }
 
@@ -205,6 +213,6 @@ function take(x: Float32Array, o: Operand, c: Case, dim: string, from: number, t
     ]);
     return Float32Array.from(outer.flat());
   };
-  if (!o.ragged) return dense(x, o.dimSpecs);
+  if (!o.ragged || isList(o)) return dense(x, o.dimSpecs);
   return Float32Array.from(keptRows(c.rows, dim, from, to).flatMap((r) => [...dense(x.subarray(r * width, r * width + width), tail)]));
 }

@@ -166,7 +166,7 @@ export function rowReduction(
   const beside = [...params, ...ownStart];
   const body = render("cuda/row_reduce.cu", {
     ...{ name: spec.name, op: stage.by === "sum" ? "Sum" : "Max", term: stage.term, lanes, threads, vector: shares.vector, unroll, width },
-    ...{ rows: to.size, x: cudaType(x.dtype), out: cudaType(to.dtype), hasColumn: text.hasColumn },
+    ...{ rows: to.size, x: cudaType(x.dtype), out: cudaType(to.dtype), element: x.name, hasColumn: text.hasColumn },
     scalars: perRow.map((o) => ({ name: o.name, type: cudaType(o.dtype) })),
     ...{ beside: beside.map(({ name, type }) => ({ name, type })), after: [...statements] },
   });

@@ -4,6 +4,7 @@ import { type FormulaOpName, mapFormulaOps } from "../../ops/index.ts";
 import type { CudaGenerator, CudaKernels } from "../kernelSpec.ts";
 import { attention } from "./attention.ts";
 import { balance } from "./balance.ts";
+import { dispatch } from "./dispatch.ts";
 import { elementwise } from "./elementwise.ts";
 import { formulaKernel } from "./formula.ts";
 import { gemm } from "./gemm.ts";
@@ -23,6 +24,7 @@ const handWritten = {
   ...gemm,
   ...latent,
   ...moe,
+  ...dispatch,
   ...norm,
   ...orthogonalize,
   ...rope,

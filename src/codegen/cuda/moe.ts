@@ -10,33 +10,43 @@ import { type GeneratedLaunch, type KernelArg, neededRows, rowIndex, scratch, sc
 import { clearBuffer } from "./reduce.ts";
 import { shareRow, source, vectorOf } from "./text.ts";
 
-/** CUDA kernels of dispatch and combine. */
-export const moe = {
-  permute: cudaKernel(permute, (spec) => join(spec, spec.makesRows ? makeRows(spec, true) : mapRows(spec), broadcastRows(spec))),
-  unpermute: cudaKernel(unpermute, (spec) => join(spec, mapRows(spec), reducePartials(spec))),
-  unpermute_add: cudaKernel(unpermuteAdd, (spec) => join(spec, mapRows(spec), reducePartials(spec, operandOf(spec, "z")))),
-  pack: cudaKernel(pack, (spec) => {
+type RowsSpec = KernelSpec<string, "B" | "S" | "E">;
+type CopySpec = KernelSpec<"x" | "r", "B" | "S" | "E" | "D">;
+
+/** The kernels of rows; those of lists (dispatch.ts) are the same with other sizes. */
+export const rowKernels = {
+  permute: (spec: CopySpec) => join(spec, spec.makesRows ? makeRows(spec, true) : mapRows(spec), broadcastRows(spec)),
+  unpermute: (spec: CopySpec) => join(spec, mapRows(spec), reducePartials(spec)),
+  pack(spec: RowsSpec) {
     const [from, to] = [operandOf(spec, "p"), operandOf(spec, "r")];
     if (spec.makesRows) return join(spec, makeRows(spec, false, { from, to }));
     return join(spec, perRow(spec, { what: "the combine weight of each row", from, to, target: "row", origin: "cell" }));
-  }),
-  pack_grad: cudaKernel(packGrad, (spec) => {
+  },
+  packGrad(spec: RowsSpec) {
     const to = operandOf(spec, "dp");
     const { body, launch } = clearBuffer(spec, to);
     const what = "the gradient of each chosen weight; the others are zero";
     return join(spec, { body, launches: [launch] }, perRow(spec, { what, from: operandOf(spec, "dy"), to, target: "cell", origin: "row" }));
-  }),
+  },
 };
 
-type RowsSpec = KernelSpec<string, "B" | "S" | "E">;
-type CopySpec = KernelSpec<"x" | "r", "B" | "S" | "E" | "D">;
+/** CUDA kernels of dispatch and combine. */
+export const moe = {
+  permute: cudaKernel(permute, rowKernels.permute),
+  unpermute: cudaKernel(unpermute, rowKernels.unpermute),
+  unpermute_add: cudaKernel(unpermuteAdd, (spec) => join(spec, mapRows(spec), reducePartials(spec, operandOf(spec, "z")))),
+  pack: cudaKernel(pack, rowKernels.pack),
+  pack_grad: cudaKernel(packGrad, rowKernels.packGrad),
+};
 
-interface KernelPart {
+/** A part of a kernel: text, launches, and bytes of scratch. */
+export interface RowsKernelPart {
   readonly body: string;
   readonly launches: readonly GeneratedLaunch[];
   readonly scratch?: number;
 }
-const join = (spec: KernelSpec, ...parts: readonly KernelPart[]): GeneratedKernel => ({
+/** Returns the kernel of some parts, which run one after another. */
+export const join = (spec: KernelSpec, ...parts: readonly RowsKernelPart[]): GeneratedKernel => ({
   source: source(spec, parts.map((p) => p.body).join("\n")),
   launches: parts.flatMap((p) => p.launches),
   scratch: Math.max(...parts.map((p) => p.scratch ?? 0)),
@@ -53,7 +63,11 @@ const mapBytes = (spec: RowsSpec): number => {
 };
 
 /** Makes the row index from the top-k mask, in three launches. It also writes the map, or the combine weights. */
-function makeRows(spec: RowsSpec, map: boolean, weights?: { readonly from: KernelOperand; readonly to: KernelOperand }): KernelPart {
+export function makeRows(
+  spec: RowsSpec,
+  map: boolean,
+  weights?: { readonly from: KernelOperand; readonly to: KernelOperand },
+): RowsKernelPart {
   const { tokens, sequence, experts } = sizesOf(spec);
   // __shared__ arrays of an int for each expert
   invariant(experts <= 8192, `shared memory cannot hold counts of ${experts} experts`);
@@ -100,7 +114,7 @@ function makeRows(spec: RowsSpec, map: boolean, weights?: { readonly from: Kerne
 }
 
 /** Writes the map from (token, expert) to its row, or −1. */
-function mapRows(spec: RowsSpec): KernelPart {
+function mapRows(spec: RowsSpec): RowsKernelPart {
   const { tokens, sequence, experts } = sizesOf(spec);
   const launch = (step: string, items: number, args: readonly KernelArg[]) => ({
     ...{ entry: `${spec.name}_${step}`, grid: oneDim(items, 256), threads: 256, shared: 0, args },
@@ -113,7 +127,7 @@ function mapRows(spec: RowsSpec): KernelPart {
 }
 
 /** Copies the vector of each token to its rows. */
-function broadcastRows(spec: CopySpec): KernelPart {
+function broadcastRows(spec: CopySpec): RowsKernelPart {
   invariant(spec.dtype.x === spec.dtype.r, "permute copies between operands of different types");
   const { shares, ...how } = perToken(spec, 4);
   return {
@@ -123,7 +137,7 @@ function broadcastRows(spec: CopySpec): KernelPart {
 }
 
 /** Sums the rows of each token, and adds its vector of `addend`. */
-function reducePartials(spec: CopySpec, addend?: KernelOperand): KernelPart {
+function reducePartials(spec: CopySpec, addend?: KernelOperand): RowsKernelPart {
   const { shares, ...how } = perToken(spec, 2);
   return {
     body: render("cuda/reduce_partials.cu", {
@@ -154,8 +168,8 @@ const tokenLaunch = (
   ...{ entry: spec.name, grid: oneDim(sizesOf(spec).tokens, threads / lanes), threads, shared: 0, args },
 });
 
-/** Copies one value per row: `target` and `origin` are indices, each `row` or `cell`, the index of its (token, expert). */
-function perRow(
+/** Copies `width` values per row: `target` and `origin` are indices, each `row` or `cell`, the index of its (token, expert). */
+export function perRow(
   spec: RowsSpec,
   {
     from,
@@ -168,12 +182,14 @@ function perRow(
     readonly target: "row" | "cell";
     readonly origin: "row" | "cell";
   },
-): KernelPart {
+  width = 1,
+): RowsKernelPart {
   const { sequence, experts } = sizesOf(spec);
+  const types = { from: cudaType(from.dtype), to: cudaType(to.dtype) };
   return {
-    body: render("cuda/pack.cu", { name: spec.name, ...values, from: cudaType(from.dtype), to: cudaType(to.dtype), sequence, experts }),
+    body: render("cuda/pack.cu", { name: spec.name, ...values, ...types, sequence, experts, width, wide: width > 1 }),
     launches: [
-      { entry: spec.name, grid: oneDim(spec.bound, 256), threads: 256, shared: 0, args: [rowIndex, from.name, to.name, ...starts] },
+      { entry: spec.name, grid: oneDim(spec.bound * width, 256), threads: 256, shared: 0, args: [rowIndex, from.name, to.name, ...starts] },
     ],
   };
 }

@@ -5,6 +5,7 @@ import { invariant } from "../../ops/op.ts";
 import type { WgslGenerator, WgslKernels } from "../kernelSpec.ts";
 import { attention } from "./attention.ts";
 import { balance } from "./balance.ts";
+import { dispatch } from "./dispatch.ts";
 import { elementwise } from "./elementwise.ts";
 import { formulaKernel } from "./formula.ts";
 import { gemm } from "./gemm.ts";
@@ -24,6 +25,7 @@ const handWritten = {
   ...gemm,
   ...latent,
   ...moe,
+  ...dispatch,
   ...norm,
   ...orthogonalize,
   ...rope,

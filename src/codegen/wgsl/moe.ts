@@ -52,7 +52,10 @@ function makeRows(spec: RowsSpec): ShaderPart & { readonly words: number } {
 }
 
 /** Returns an entry that executes `line` for each vector of `width` elements of each row; a row has `vectors` vectors. */
-function eachRow(spec: KernelSpec<string, "S" | "E">, { entry = spec.name, vectors = 1, width = 1, buffers, line }: EachRow): ShaderPart {
+export function eachRow(
+  spec: KernelSpec<string, "S" | "E">,
+  { entry = spec.name, vectors = 1, width = 1, buffers, line }: EachRow,
+): ShaderPart {
   const groups = Math.ceil((spec.bound * vectors) / THREADS);
   const choice = line.includes("choice");
   const text = render("wgsl/rows.wgsl", {
@@ -74,13 +77,14 @@ interface EachRow {
 }
 
 /** Returns an entry that sets `count` elements to a value. */
-function fill(entry: string, buffer: Binding & { readonly name: string }, count: number, value: string): ShaderPart {
+export function fill(entry: string, buffer: Binding & { readonly name: string }, count: number, value: string): ShaderPart {
   const groups = Math.ceil(count / THREADS);
   const text = render("wgsl/fill.wgsl", { entry, threads: THREADS, index: foldGrid(groups).index, buffer: buffer.name, count, value });
   return { entries: [{ entry, grid: groups, threads: THREADS, buffers: [buffer] }], text };
 }
 
-const joined = (spec: KernelSpec, parts: readonly ShaderPart[], words = 0): GeneratedKernel =>
+/** Returns the kernel of some parts, with a scratch of `words` 32-bit words. */
+export const joined = (spec: KernelSpec, parts: readonly ShaderPart[], words = 0): GeneratedKernel =>
   kernel(
     spec,
     parts.flatMap((p) => p.entries),
@@ -89,7 +93,7 @@ const joined = (spec: KernelSpec, parts: readonly ShaderPart[], words = 0): Gene
   );
 
 /** Prepends the kernels of the row index if the op makes it. */
-function withRows(spec: RowsSpec, copies: ShaderPart): GeneratedKernel {
+export function withRows(spec: RowsSpec, copies: ShaderPart): GeneratedKernel {
   if (!spec.makesRows) return joined(spec, [copies]);
   const rows = makeRows(spec);
   return joined(spec, [rows, copies], rows.words);
@@ -167,3 +171,5 @@ export const moe = {
   pack: wgslKernel(pack, gatherWeights),
   pack_grad: wgslKernel(packGrad, scatterGradients),
 };
+/** The kernels of rows; those of lists (dispatch.ts) are the same with other sizes. */
+export const rowKernels = { copyToRows, sumRows, gatherWeights, scatterGradients };

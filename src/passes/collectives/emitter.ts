@@ -104,11 +104,14 @@ export class Emitter {
     this.#list.push({ ...i, kind: "collective", how, id, name, from, to, bytes });
   }
 
-  /** Removes the index output of all but the first op of one routing: they share the index. */
+  /**
+   * Removes the index output of all but the first op of one routing: they share the index. Ops of lists keep it: it tells which of their two
+   * kinds of rows they make.
+   */
   #indexOnce(i: Compute): Compute {
     if (i.rows === undefined) return i;
     const { rows, ...rest } = i;
-    if (this.indexed.has(rows)) return rest;
+    if (this.indexed.has(rows)) return Object.values(i.reads).some((id) => this.buffer(id).ragged > 0) ? i : rest;
     this.indexed.add(rows);
     const ragged = Object.values(i.writes)
       .map((id) => this.buffer(id))

@@ -2,7 +2,7 @@
 import { type DimSpec, expand, invariant, type Node, type Operand, type Value } from "../../ops/op.ts";
 import { sharersOf } from "../../ops/signature.ts";
 import { idOf } from "../backward.ts";
-import { PARTIAL_MAX, PARTIAL_SUM, pairs, shardingOf } from "../layout.ts";
+import { PARTIAL_MAX, PARTIAL_SUM, pairs, REPLICATED, shardingOf } from "../layout.ts";
 import { subAxesOf } from "../mesh.ts";
 import type { Placements } from "./placements.ts";
 
@@ -73,10 +73,16 @@ function choose(
   }
   const of = ins.findIndex(({ value, operand }) => copySums.get(value)?.includes(f) && node.op.linearIn === operand.name);
   if (of >= 0) return { partial: true, of, by: () => "the copies are partial sums" };
-  const { pin } = node;
-  if (pin && subAxesOf(placements.mesh, pin.axis).includes(f))
-    return { dim: pin.dim, by: (uses) => `the model pins ${pin.dim ?? "no dim"} at ${pin.axis} (${uses.node.pin?.path})` };
   const at = ins.map(({ value }) => shardingOf(placements.of(value).layout, f));
+  const linearAt = ins.findIndex(({ operand }) => operand.name === node.op.linearIn);
+  if (at[linearAt] === PARTIAL_SUM && at.every((p, index) => index === linearAt || p === REPLICATED))
+    return { partial: true, of: linearAt, by: () => "the op is linear in its partial input, and the ranks have the others" };
+  const pin = node.pins?.find(({ axis }) => subAxesOf(placements.mesh, axis).includes(f));
+  if (pin)
+    return {
+      dim: pin.dim,
+      by: (uses) => `the model pins ${pin.dim ?? "no dim"} at ${pin.axis} (${uses.node.pins?.find(({ axis }) => axis === pin.axis)?.path})`,
+    };
   if (node.op.linear && at.every((p) => p === PARTIAL_SUM)) return { partial: true, by: () => "all inputs are partial sums" };
   const votes = pairs(ins, at).flatMap(([{ value, operand }, dimIndex], index) => {
     const spec = operand.dimSpecs[dimIndex];

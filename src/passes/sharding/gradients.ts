@@ -2,6 +2,7 @@
 import { invariant, type Value } from "../../ops/op.ts";
 import { type Graph, idOf } from "../backward.ts";
 import { layoutKey, PARTIAL_MAX, PARTIAL_SUM, REPLICATED, type ShardedValue, shardingOf } from "../layout.ts";
+import { subAxesOf } from "../mesh.ts";
 import type { NodeSharder } from "./nodeSharder.ts";
 import { type Placements, replicated } from "./placements.ts";
 import { resultReason } from "./reasons.ts";
@@ -36,9 +37,12 @@ export class GradientSharder {
     if (!isParameter && this.#graph.grad.get(of) !== v) return;
     const { layout } = this.#placements.of(of);
     const now = this.#placements.of(v).layout;
+    const repeated = of.node?.pins?.flatMap(({ dim, axis }) => (dim === undefined ? subAxesOf(this.#placements.mesh, axis) : [])) ?? [];
+    const copySums = [...this.#nodes.copySumsOf(v), ...repeated.filter((f) => now.partialSum.includes(f))];
+    this.#nodes.setCopySums(v, copySums);
     const partialSum = now.partialSum.filter((f) => {
       const kind = shardingOf(layout, f);
-      return isParameter || this.#nodes.copySumsOf(v).includes(f) ? kind === REPLICATED : kind === PARTIAL_SUM || kind === PARTIAL_MAX;
+      return isParameter || copySums.includes(f) ? kind === REPLICATED : kind === PARTIAL_SUM || kind === PARTIAL_MAX;
     });
     this.#nodes.moveTo(v, { ...layout, partialSum, partialMax: [] }, `the gradient of ${idOf(of)} takes its layout`, backward, into);
     if (!isParameter) return;

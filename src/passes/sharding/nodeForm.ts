@@ -5,10 +5,10 @@ import type { Placements } from "./placements.ts";
 
 /** Returns the form of a node: its op, the sizes of its dims, its declarations, and the layouts of its operands and of the state that it updates. */
 export function nodeForm({ node, ins, outs }: NodeUses, placements: Placements, copySums: CopySums): string {
-  const { op, size, pin, ring } = node;
+  const { op, size, pins = [], ring } = node;
   let form: string = op.name;
   for (const name of sizesOf(node.op, ins, outs)) form += ` ${size[name]}`;
-  if (pin) form += ` pin ${pin.axis} ${pin.dim ?? ""}`;
+  for (const pin of pins) form += ` pin ${pin.axis} ${pin.dim ?? ""}`;
   if (ring) form += ` ring ${ring.dim} ${ring.as}`;
   for (const { value } of ins) {
     form += `|${placements.numberOf(value)} ${value.leaf?.kind ?? ""}`;

@@ -57,6 +57,10 @@ export class NodeSharder {
   copySumsOf(v: Value): readonly number[] {
     return this.#copySums.get(v) ?? [];
   }
+  /** Records the sub-axes over which ranks with copies of the elements of a gradient hold addends of it. */
+  setCopySums(v: Value, subAxes: readonly number[]): void {
+    if (subAxes.length > 0) this.#copySums.set(v, [...new Set(subAxes)]);
+  }
 
   /** Emits a node on a virtual stage, after the reshard steps of its operands, and places its results. */
   shard(uses: NodeUses, stage: number, into: ShardStep[]): void {
@@ -72,7 +76,7 @@ export class NodeSharder {
       this.#resharder.reshard(use.value, want, { stage, backward, why: operandReason(mesh, uses, use, chosen), into }),
     );
     const outs = pairs(uses.outs, results).map(([{ value }, { layout, copySums }]) => {
-      if (copySums.length > 0) this.#copySums.set(value, copySums);
+      this.setCopySums(value, copySums);
       return this.#placements.place(value, layout, stage);
     });
     if (!node.regrid) into.push({ kind: "compute", stage, node, ins, outs, dims });

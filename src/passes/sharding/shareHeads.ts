@@ -18,5 +18,5 @@ function shared(node: Node, args: readonly Value[], { dim, inner, axis, within, 
   const each = node.attrs[inner];
   invariant(each !== undefined && each % copies === 0, () => `${node.id}: ${inner} of ${each} does not divide by ${copies} copies`);
   const refined = withArgs(node, args, { ...node.attrs, [inner]: each / copies, [axis]: copies });
-  return changed(refined, { sharing: undefined, pin: { dim, axis: within, path } });
+  return changed(refined, { sharing: undefined, pins: [{ dim, axis: within, path }] });
 }

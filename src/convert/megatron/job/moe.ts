@@ -27,8 +27,9 @@ export function putExperts({ args, job }: Importing, { layers, ffn }: ModelSizes
   const latent = args.numberIfGiven("moe-latent-size");
   if (latent !== undefined) job.put("model.moe.latent", latent, ["moe-latent-size"]);
   putRouter({ args, job });
-  const dispatcher = args.text("moe-token-dispatcher-type");
-  job.put("model.moe.dispatch", dispatcher === "allgather" ? "all_gather" : "all_to_all", ["moe-token-dispatcher-type"]);
+  // the libraries of the flex dispatcher send a token once to each rank, and the ranks of experts return sums
+  const dispatch = { allgather: "all_gather", alltoall: "all_to_all", flex: "once" }[args.text("moe-token-dispatcher-type")];
+  job.put("model.moe.dispatch", dispatch, ["moe-token-dispatcher-type"]);
   putCapacity({ args, job });
   return true;
 }
