@@ -53,3 +53,9 @@ export function ranksOfToken({ experts, router }: Pick<Moe, "experts" | "router"
   for (let drawn = 0; drawn < rows; drawn++) missed *= Math.max(0, (from - own - drawn) / (from - drawn)) ** Math.min(1, rows - drawn);
   return { most, mean: Math.min(most, open * (1 - missed)) };
 }
+
+/** Returns how many rows of a token are sent to the `ranks` of an expert group, on average if the load is balanced. */
+export function rowsSent(moe: Moe, ranks: number): number {
+  if (moe.dispatch === "all_gather") return ranks;
+  return moe.dispatch === "once" ? ranksOfToken(moe, ranks, moe.top_k).mean : moe.top_k;
+}

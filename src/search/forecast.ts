@@ -3,6 +3,7 @@
  * compiled; a choice is excluded by it only where its bytes are far beyond the device.
  */
 import type { DeviceProfile } from "../../schemas/deviceProfile.ts";
+import { rowsSent } from "../../schemas/experts.ts";
 import type { Job } from "../../schemas/job.ts";
 import { hardwareOf } from "../analysis/estimate/kernelTime.ts";
 import { collectiveSeconds, transferSeconds } from "../analysis/estimate/linkTime.ts";
@@ -70,8 +71,9 @@ export function forecast(base: ForecastBase, choice: JobChoice): Forecast {
 
   const dense = tokens * tensor * model.hidden * bytes;
   const ofTensor = (expert_tensor > 1 || !model.moe ? 8 : 4) * collectiveSeconds(links, "all_gather", dense, topology(tensor, 1));
-  const exchange = collectiveSeconds(links, "all_to_all", rows * width * bytes, topology(expert, expert_tensor));
-  const gathered = rows * expert_tensor * width * bytes;
+  const sent = model.moe ? tokens * rowsSent(model.moe, expert) * width * bytes : 0;
+  const exchange = collectiveSeconds(links, "all_to_all", sent, topology(expert, expert_tensor));
+  const gathered = sent * expert_tensor;
   const ofExperts = 4 * exchange + 4 * collectiveSeconds(links, "all_gather", gathered, topology(expert_tensor, 1));
   const keys = 2 * tokens * tensor * model.kv_heads * model.head_dim * bytes;
   const ring = context > 1 ? 1.5 * collectiveSeconds(links, "all_gather", (keys * context) / tensor, topology(context, tensor)) : 0;

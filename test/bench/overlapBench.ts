@@ -1,9 +1,10 @@
 /**
  * Estimated steps of three jobs with and without each overlap, beside published steps of the same models: `npm run bench:overlap`, with
- * names of jobs for these alone. Kernels and links are those of the profile of Megatron's stack on an H100, and steps are CUDA graphs;
- * nothing is assumed to be hidden: what is hidden stands in the plan. Takes about five minutes of one core.
+ * names of jobs for these alone, `--rows WORD,…` for rows with a word. Kernels and links are those of the profile of Megatron's stack on an H100, and steps are CUDA graphs;
+ * nothing is assumed to be hidden: what is hidden stands in the plan. Takes about ten minutes of one core.
  */
 import { readFileSync } from "node:fs";
+import { parseArgs } from "node:util";
 import { parse } from "yaml";
 import { estimate } from "../../src/analysis/estimate/estimate.ts";
 import { packageProfile } from "../../src/analysis/estimate/profiles.ts";
@@ -33,18 +34,34 @@ const jobs: Readonly<Record<string, { readonly job: ReturnType<typeof jobFor>; r
 };
 
 const buckets = { gradient_bucket: 160, parameter_bucket: 80 };
-/** Per row, the keys of `parallel` and `train` that are added. */
-const overlaps: Readonly<Record<string, readonly [parallel: object, train?: object]>> = {
-  none: [{}],
-  "gradients sent in bf16": [{}, { gradient_reduction: "bf16" }],
-  "buckets of gradients": [{ gradient_bucket: buckets.gradient_bucket }],
-  "buckets of parameters in the step": [{ parameter_bucket: buckets.parameter_bucket }],
-  "buckets of parameters in forward": [{ parameter_bucket: buckets.parameter_bucket, parameter_gather: "forward" }],
-  "expert overlap: shared": [{ expert_overlap: "shared" }],
-  "all of them": [{ ...buckets, parameter_gather: "forward", expert_overlap: "shared" }, { gradient_reduction: "bf16" }],
+/** What a row adds to a job. `plain`: no library of the stack sends rows once to each node. */
+interface Added {
+  readonly parallel?: object;
+  readonly train?: object;
+  readonly moe?: object;
+  readonly plain?: true;
+}
+const all: Added = {
+  parallel: { ...buckets, parameter_gather: "forward", expert_overlap: "shared" },
+  train: { gradient_reduction: "bf16" },
+};
+const overlaps: Readonly<Record<string, Added>> = {
+  none: {},
+  "gradients sent in bf16": { train: { gradient_reduction: "bf16" } },
+  "buckets of gradients": { parallel: { gradient_bucket: buckets.gradient_bucket } },
+  "buckets of parameters in the step": { parallel: { parameter_bucket: buckets.parameter_bucket } },
+  "buckets of parameters in forward": { parallel: { parameter_bucket: buckets.parameter_bucket, parameter_gather: "forward" } },
+  "expert overlap: shared": { parallel: { expert_overlap: "shared" } },
+  "all of them": all,
+  "dispatch: once": { moe: { dispatch: "once" } },
+  "plain exchange": { plain: true },
+  "plain exchange, dispatch: once": { moe: { dispatch: "once" }, plain: true },
+  "plain exchange, all of them": { ...all, plain: true },
+  "plain exchange, all of them, dispatch: once": { ...all, moe: { dispatch: "once" }, plain: true },
 };
 
-const asked = process.argv.slice(2);
+const { values, positionals: asked } = parseArgs({ options: { rows: { type: "string" } }, allowPositionals: true });
+const words = values.rows?.split(",") ?? [];
 const profile = packageProfile("h100-80gb.megatron")!;
 const target = (await loadDeviceTargets())("h100-80gb");
 const print = (...cells: readonly string[]): void => console.log(`| ${cells.join(" | ")} |`);
@@ -53,10 +70,15 @@ for (const [name, { job: base, perNode }] of Object.entries(jobs)) {
   console.log("");
   print(name, "step, s", "TFLOP/s a GPU", "waits for data, s", "waits for experts, s", "peak, GiB");
   print(..."------".split(""));
-  for (const [what, [parallel, train = {}]] of Object.entries(overlaps)) {
-    const job = jobOf({ ...base, parallel: { ...base.parallel, ...parallel }, train: { ...base.train, ...train } });
+  for (const [what, { parallel = {}, train = {}, moe = {}, plain }] of Object.entries(overlaps)) {
+    if (words.length > 0 && !words.some((word) => what.includes(word))) continue;
+    const model = { ...base.model, moe: { ...base.model.moe, ...moe } };
+    const job = jobOf({ ...base, model, parallel: { ...base.parallel, ...parallel }, train: { ...base.train, ...train } });
     const { plan } = compile(job, { target });
-    const { seconds, model_flops_per_second, stages } = estimate(plan, { profile, assumed: { sendsPerNode: perNode, captured: true } });
+    const { seconds, model_flops_per_second, stages } = estimate(plan, {
+      profile,
+      assumed: { sendsPerNode: perNode && !plain, captured: true },
+    });
     const exposed = (has: (axes: string) => boolean): number =>
       largest(stages, ({ parts }) => [...parts.exposed].reduce((sum, [axes, s]) => sum + (has(axes) ? s : 0), 0));
     print(

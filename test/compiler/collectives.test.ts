@@ -1,6 +1,7 @@
 /** What a layer communicates. Mistakes of cost never show in numbers, so the collectives themselves are held here: Megatron Core's, one by one. */
 
 import { expect, test } from "vitest";
+import { ranksOfToken } from "../../schemas/experts.ts";
 import { blocksOf, instructionsOf } from "../../schemas/program.ts";
 import { compile } from "../../src/compile.ts";
 import { microbatchesOf } from "../../src/passes/schedule.ts";
@@ -25,6 +26,50 @@ function count(p: ReturnType<typeof plan>, block: "forward" | "backward" | "step
     if (i.kind === "collective" && where.test(i.id)) counts[`${i.name} ${i.axes}`] = (counts[`${i.name} ${i.axes}`] ?? 0) + 1;
   return counts;
 }
+
+test("dispatch: once sends a row for each rank with experts of a token: as many collectives, fewer bytes, shorter lists", () => {
+  const once = { ...moe, experts: 32, top_k: 8, dispatch: "once" };
+  const mesh = { world: 8, expert: 8 };
+  const [each, ranks] = ["all_to_all", "once"].map((dispatch) => plan(mesh, { hidden: 256, moe: { ...once, dispatch, rows_bound: 1 } }));
+  for (const block of ["forward", "backward"] as const) expect(count(ranks!, block)).toEqual(count(each!, block));
+  const sent = (p: ReturnType<typeof plan>) =>
+    instructionsOf(p.programs[0]!)
+      .filter((i) => i.kind === "collective" && i.axes === "ep")
+      .reduce((sum, i) => sum + (i.kind === "collective" ? i.bytes : 0), 0);
+  // 8·(1 − C(28, 8)/C(32, 8)) = 5.636 ranks of a token: 16 tokens to 8 ranks are lists of ⌈11.27⌉ rows instead of 16. Beside 256 channels of bf16
+  // a row has 4 weights of f32 and its index, where each of 8 rows had 1 weight and an index
+  expect(sent(ranks!) / sent(each!)).toBeGreaterThan(12 / 16);
+  expect(sent(ranks!) / sent(each!)).toBeLessThan(12 / 16 + 0.02);
+  const listOf = (p: ReturnType<typeof plan>): number =>
+    Math.max(...p.programs[0]!.buffers.flatMap(({ id, shape }) => (/moe\.permute.*dispatch\.lists$/.test(id) ? [shape[1]!] : [])));
+  expect([listOf(each!), listOf(ranks!)]).toEqual([16, 12]);
+  // at worst every token goes to every rank; where a token may have all experts of a rank, lists are as many times as long
+  const [worst, few] = ["all_to_all", "once"].map((dispatch) => plan(mesh, { moe: { ...once, dispatch } }));
+  expect([listOf(worst!), listOf(few!)]).toEqual([64, 16]);
+});
+
+test("a router that is limited to groups of experts limits the ranks of a token", () => {
+  const router = { group_top_k: 4, groups: 8, type: "top_k" } as const;
+  const of = (experts: number, ranks: number, rows: number, over: object = {}) =>
+    ranksOfToken({ experts, router: jobOf(routed({ experts, top_k: rows, router: { ...over } })).model.moe!.router }, ranks, rows);
+  // 1 − C(112, 8)/C(128, 8) of 8 ranks
+  expect(of(128, 8, 8).mean).toBeCloseTo(8 * (1 - product(8, (i) => (112 - i) / (128 - i))), 10);
+  expect(of(128, 8, 8).most).toBe(8);
+  expect(of(8, 8, 2)).toEqual({ most: 2, mean: 2 });
+  // as in DeepSeek-V3: 4 of 8 groups, 64 ranks of 4 experts, 32 of them in reach
+  expect(of(256, 64, 8, router).mean).toBeCloseTo(32 * (1 - product(8, (i) => (124 - i) / (128 - i))), 10);
+  expect(of(256, 16, 8, router).most).toBe(8);
+  expect(of(256, 4, 8, router).most).toBe(4);
+  expect(of(256, 2, 8).most).toBe(2);
+});
+const product = (n: number, of: (i: number) => number): number => Array.from({ length: n }, (_, i) => of(i)).reduce((a, b) => a * b, 1);
+const routed = (more: object) => ({
+  name: "routed",
+  model: { layers: 1, hidden: 32, ffn: 32, heads: 8, vocab: 256, seq: 16, moe: { ffn: 32, ...more } },
+  parallel: { world: 1 },
+  train: { global_batch: 1, steps: 1, optimizer: { lr: 1e-3 } },
+  data: { path: "corpus.txt" },
+});
 
 test("tensor with sequence, experts over data: gather, scatter, dispatch, combine", () => {
   const p = plan({ world: 4, tensor: 2, sequence: true, expert: 4 });

@@ -23,16 +23,22 @@ export function sentShare(how: CollectiveKind, n: number): number {
 
 const isReduction = (how: CollectiveKind): boolean => how === "all_reduce" || how === "all_reduce_max";
 
+/** The experts of a token, and how many rows the plan sends for it. */
+export interface RowCopies {
+  readonly experts: number;
+  readonly rows: number;
+}
+
 /**
  * Returns the seconds of a collective. `bytes`: its largest buffer on a rank, as nccl-tests counts. `copies`: of an exchange of rows that are sent
- * once to each node, the number of experts of a row.
+ * once to each node.
  */
 export function collectiveSeconds(
   links: DeviceProfile["links"],
   how: CollectiveKind,
   bytes: number,
   group: GroupTopology,
-  copies?: number,
+  copies?: RowCopies,
 ): number {
   const { ranks, nodes, perNode } = group;
   if (ranks === 1 || bytes === 0) return 0;
@@ -67,12 +73,12 @@ function exchangeSeconds(
   { host, network }: DeviceProfile["links"],
   bytes: number,
   { ranks, nodes, perNode }: GroupTopology,
-  copies?: number,
+  copies?: RowCopies,
 ): number {
   const peer = bytes / ranks;
   const ramp = peer / (peer + network.half_bytes);
-  // of `copies` experts that are drawn evenly, so many nodes are distinct
-  const distinct = copies === undefined ? 1 : (nodes * (1 - (1 - 1 / nodes) ** copies)) / copies;
+  // of experts that are drawn evenly, so many nodes are distinct
+  const distinct = copies === undefined ? 1 : (nodes * (1 - (1 - 1 / nodes) ** copies.experts)) / copies.rows;
   const outside =
     (distinct * peer * (ranks - perNode)) /
     (network.bandwidth * (copies === undefined ? exchangeEfficiency(network, nodes) * ramp : network.rows_efficiency));

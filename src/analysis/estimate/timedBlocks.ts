@@ -3,6 +3,7 @@
 import type { DeviceProfile, KernelFamily } from "../../../schemas/deviceProfile.ts";
 import { bytesOf } from "../../../schemas/dtypes.ts";
 import { pairsOf, touchedBy, writesOf } from "../../../schemas/effects.ts";
+import { rowsSent } from "../../../schemas/experts.ts";
 import type { Collective, Compute, Instruction, Memory, Plan, Program, StreamName } from "../../../schemas/plan.ts";
 import { activationStart, type Block, blocksOf, runsIn } from "../../../schemas/program.ts";
 import { elementsOf, rankAt } from "../../../schemas/sharding.ts";
@@ -11,7 +12,7 @@ import { type BufferTable, buffersOf } from "../bufferTable.ts";
 import { besideOf } from "./besideLaw.ts";
 import { kernelShape } from "./kernelShape.ts";
 import { KernelTimes, type SourcedTime, type TimeSource } from "./kernelTime.ts";
-import { collectiveSeconds, transferSeconds } from "./linkTime.ts";
+import { collectiveSeconds, type RowCopies, transferSeconds } from "./linkTime.ts";
 import { type GroupTopology, topologyOf } from "./topology.ts";
 
 /** The parts of a stage's time that kernels take. */
@@ -199,7 +200,7 @@ function collectiveTimer(
   };
   return (i, bytes, { group, isStep }) =>
     known.of(`${i.how} ${i.name} ${i.axes} ${i.subAxes} ${i.world} ${i.stream} ${bytes} ${isStep}`, () => {
-      const copies = isOfRows(i) && assumed.sendsPerNode ? job.model.moe?.top_k : undefined;
+      const copies = isOfRows(i) && assumed.sendsPerNode ? copiesOf(job, group.ranks) : undefined;
       const alone = collectiveSeconds(profile.links, i.how, bytes, group, copies) * (1 - hiddenShare(i, isStep));
       return alone * (i.stream ? asynchronous.collective_factor : 1);
     });
@@ -217,6 +218,13 @@ function asFirst(i: Instruction): Instruction {
 /** Returns whether a collective sends rows to experts or back. */
 const isOfRows = ({ how, name }: Collective): boolean =>
   how === "all_to_all" && (name.startsWith("dispatch") || name.startsWith("combine"));
+
+/** Returns the experts of a token and the rows that a plan sends for it to a group of ranks; undefined without experts. */
+function copiesOf({ model }: Plan["job"], ranks: number): RowCopies | undefined {
+  const { moe } = model;
+  if (moe === null) return undefined;
+  return { experts: moe.top_k, rows: rowsSent(moe, ranks) };
+}
 
 /** Returns whether an instruction computes rows that are sharded by experts. */
 const isOfExperts = (i: Compute, buffers: BufferTable): boolean =>
