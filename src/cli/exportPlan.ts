@@ -1,4 +1,4 @@
-import { join } from "node:path";
+import { dirname, join } from "node:path";
 import { type Command, InvalidArgumentError } from "commander";
 import type { Plan } from "../../schemas/plan.ts";
 import { stageOfRank } from "../../schemas/sharding.ts";
@@ -62,7 +62,12 @@ const formats: readonly PlanFormat[] = [
             `${plan.job.cluster.device} has no device profile, so no step can be estimated`,
             "name a profile with --device",
           );
-        return [[out, estimateTrace(plan, ranks, profile)]];
+        let bytes = 0;
+        const pieces = estimateTrace(plan, ranks, profile, (written) => {
+          // ranks have about the same size, so the first one says what all of them need
+          if (written === 1) expectRoom(dirname(out), bytes, ranks.length);
+        });
+        return [[out, counted(pieces, (more) => (bytes += more))]];
       }
       if (device !== undefined) throw new Trouble("--device is given without --estimate", "add --estimate");
       const { scheduleTimes, scheduleTrace } = await import("../convert/plan/scheduleTrace.ts");
@@ -133,7 +138,7 @@ async function chakraFiles(plan: Plan, ranks: readonly number[], out: string): P
 }
 
 /** Yields pieces, and reports their bytes. */
-function* counted(pieces: Iterable<Uint8Array>, report: (bytes: number) => void): Generator<Uint8Array> {
+function* counted<Piece extends string | Uint8Array>(pieces: Iterable<Piece>, report: (bytes: number) => void): Generator<Piece> {
   for (const piece of pieces) {
     report(piece.length);
     yield piece;
@@ -143,7 +148,7 @@ function* counted(pieces: Iterable<Uint8Array>, report: (bytes: number) => void)
 /** Throws a Trouble if files of these bytes do not fit the disk of a folder. Prints their size if it is large. */
 export function expectRoom(folder: string, bytes: number, files: number): void {
   const [needed, free] = [bytes * (files - 1), freeBytes(folder)];
-  const text = `a trace has ${bytesText(bytes)}: ${countText(files)} traces take about ${bytesText(bytes * files)}`;
+  const text = `the trace of a rank has ${bytesText(bytes)}: ${countText(files)} ranks take about ${bytesText(bytes * files)}`;
   if (needed > free)
     throw new Trouble(`${text}, and ${folder} has room for ${bytesText(free)}`, "name fewer ranks: --ranks 0-7, or --stage 0");
   if (needed > LARGE) printStderr(text);

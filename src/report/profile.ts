@@ -120,7 +120,7 @@ export function printProfile(plan: Plan, timings: readonly Timing[], most = 40):
 }
 
 /** Returns the tracks of a rank in a trace of timings: its streams. */
-export const profileTracks = (timings: readonly Timing[]): string[] => [...new Set(timings.map(({ stream }) => stream))].sort();
+const profileTracks = (timings: readonly Timing[]): string[] => [...new Set(timings.map(({ stream }) => stream))].sort();
 
 /** Returns a timing as a slice of a trace: named by its instruction, of the category of its op. */
 export const sliceOfTiming = (timing: Timing): TraceSlice => ({ ...timing, name: timing.id, category: timing.op });

@@ -231,6 +231,6 @@ test("ranks that the plan lacks, lists that cannot be read and two choices are r
 
 test("traces that do not fit the disk are refused after the first one", () => {
   const free = freeBytes(".");
-  expect(() => expectRoom(".", free / 4, 1024)).toThrow(/^a trace has .*: 1,024 traces take about .*, and \. has room for /);
+  expect(() => expectRoom(".", free / 4, 1024)).toThrow(/^the trace of a rank has .*: 1,024 ranks take about .*, and \. has room for /);
   expect(() => expectRoom(".", 1, 2)).not.toThrow();
 });
