@@ -2,6 +2,7 @@
  * Sizes of attention kernels, for all targets. Kernels iterate in position order, so causality is a prefix of keys (forward) and a suffix of
  * queries (backward), also under zigzag sharding, where a shard consists of two ranges of positions.
  */
+import { attentionVariant } from "../ops/attentionVariants.ts";
 import { dropsOf } from "../ops/dropout.ts";
 import { invariant } from "../ops/op.ts";
 import type { KernelSpec } from "./kernelSpec.ts";
@@ -37,11 +38,12 @@ export function attentionSizes({ op, d }: Pick<AnyAttentionSpec, "op" | "d">): A
       `${op}: a shard of ${n} tokens neither consists of blocks of ${chunk} nor lies within one`,
     );
   invariant((d.copies ?? 1) === 1 || G === 1, `${op}: ${G} groups on a rank share key heads`);
-  const hasDropout = op.startsWith("attention_dropout");
+  const variant = attentionVariant(op);
+  invariant(variant !== undefined, () => `${op} computes no attention`);
+  const { drops: hasDropout, ...own } = variant;
   invariant(!hasDropout || drop !== undefined, `${op} has no attribute drop`);
   const drops = !hasDropout || drop === undefined ? {} : { drops: { ...dropsOf(drop), keysAligned4: chunk % 4 === 0 } };
-  const variant = { part: op.includes("_part"), grad: op.endsWith("_grad"), documents: op.includes("_documents") };
-  return { B, S, U, G, M, C, W, scale, chunk, ranks, ...variant, ...drops };
+  return { B, S, U, G, M, C, W, scale, chunk, ranks, ...own, ...drops };
 }
 
 /** Returns whether a shard of `count` tokens is not in position order: it has more than the two zigzag blocks of one rank. */

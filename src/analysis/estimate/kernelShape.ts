@@ -2,8 +2,10 @@
 
 import type { KernelFamily } from "../../../schemas/deviceProfile.ts";
 import { type Dtype, dtypes } from "../../../schemas/dtypes.ts";
+import type { OpName } from "../../../schemas/opNames.ts";
 import type { Compute } from "../../../schemas/plan.ts";
 import { shardCount } from "../../../schemas/sharding.ts";
+import { attentionVariant } from "../../ops/attentionVariants.ts";
 import type { Mesh } from "../../passes/mesh.ts";
 import type { BufferTable } from "../bufferTable.ts";
 import { costOf } from "../cost.ts";
@@ -20,69 +22,98 @@ export interface KernelShape {
   readonly sizes: Readonly<Record<string, number>>;
 }
 
-/** Sizes of a product in terms of the dims of its op: m x k times k x n; `rows` is the number of rows of all experts. */
-type ProductSizes = (d: Readonly<Record<string, number>>, rows: number) => readonly [m: number, n: number, k: number];
+/** How the estimate sees a product: its sizes in terms of the dims of its op, m x k times k x n, and how its experts share them. */
+interface ProductForm {
+  /** `rows`: the number of rows of all experts. */
+  readonly sizes: (d: Readonly<Record<string, number>>, rows: number) => readonly [m: number, n: number, k: number];
+  readonly family: "product" | "product_wgrad" | "grouped" | "grouped_wgrad";
+}
 
 const tokens = (d: Readonly<Record<string, number>>): number => sizeOf(d, "B") * sizeOf(d, "S");
 const sizeOf = (d: Readonly<Record<string, number>>, dim: string): number => d[dim] ?? 1;
 
-const forward: ProductSizes = (d) => [tokens(d), sizeOf(d, "N"), sizeOf(d, "K")];
-const inputGrad: ProductSizes = (d) => [tokens(d), sizeOf(d, "K"), sizeOf(d, "N")];
-const groupedForward: ProductSizes = (d, rows) => [rows, sizeOf(d, "N"), sizeOf(d, "K")];
-const groupedInputGrad: ProductSizes = (d, rows) => [rows, sizeOf(d, "K"), sizeOf(d, "N")];
-const products: Readonly<Record<string, ProductSizes>> = {
+const forward: ProductForm = { family: "product", sizes: (d) => [tokens(d), sizeOf(d, "N"), sizeOf(d, "K")] };
+const dgrad: ProductForm = { family: "product", sizes: (d) => [tokens(d), sizeOf(d, "K"), sizeOf(d, "N")] };
+const grouped: ProductForm = { family: "grouped", sizes: (d, rows) => [rows, sizeOf(d, "N"), sizeOf(d, "K")] };
+const groupedDgrad: ProductForm = { family: "grouped", sizes: (d, rows) => [rows, sizeOf(d, "K"), sizeOf(d, "N")] };
+const products: Readonly<Partial<Record<OpName, ProductForm>>> = {
   gemm: forward,
   gemm_swiglu: forward,
-  gemm_dgrad: inputGrad,
-  gemm_dgrad_swiglu: inputGrad,
-  gemm_dgrad_pair: (d) => [tokens(d), sizeOf(d, "K"), sizeOf(d, "N") + sizeOf(d, "F")],
-  gemm_dgrad_triple: (d) => [tokens(d), sizeOf(d, "K"), sizeOf(d, "N") + sizeOf(d, "F") + sizeOf(d, "D")],
-  gemm_wgrad: (d) => [sizeOf(d, "K"), sizeOf(d, "N"), tokens(d)],
-  grouped_gemm: groupedForward,
-  grouped_gemm_swiglu: groupedForward,
-  grouped_dgrad: groupedInputGrad,
-  grouped_dgrad_swiglu: groupedInputGrad,
-  grouped_dgrad_pair: (d, rows) => [rows, sizeOf(d, "K"), sizeOf(d, "N") + sizeOf(d, "F")],
-  grouped_wgrad: (d, rows) => [sizeOf(d, "K"), sizeOf(d, "N"), rows],
+  gemm_dgrad: dgrad,
+  gemm_dgrad_swiglu: dgrad,
+  gemm_dgrad_pair: { family: "product", sizes: (d) => [tokens(d), sizeOf(d, "K"), sizeOf(d, "N") + sizeOf(d, "F")] },
+  gemm_dgrad_triple: { family: "product", sizes: (d) => [tokens(d), sizeOf(d, "K"), sizeOf(d, "N") + sizeOf(d, "F") + sizeOf(d, "D")] },
+  gemm_wgrad: { family: "product_wgrad", sizes: (d) => [sizeOf(d, "K"), sizeOf(d, "N"), tokens(d)] },
+  grouped_gemm: grouped,
+  grouped_gemm_swiglu: grouped,
+  grouped_dgrad: groupedDgrad,
+  grouped_dgrad_swiglu: groupedDgrad,
+  grouped_dgrad_pair: { family: "grouped", sizes: (d, rows) => [rows, sizeOf(d, "K"), sizeOf(d, "N") + sizeOf(d, "F")] },
+  grouped_wgrad: { family: "grouped_wgrad", sizes: (d, rows) => [sizeOf(d, "K"), sizeOf(d, "N"), rows] },
 };
 
-/** Ops that move rows, or elements, from and to places that other values say. */
-const scattered =
-  /^(permute|unpermute|take_rows|invert_rows|split_rows|merge_rows|pack|embed|embed_grad|arrange|quantile|top_k_mask|.*norm_grad|rmsnorm_grad_add)/;
-const optimizers = /^(adam|adamw|sgd|muon|orthogonalize)/;
+/** Ops that move rows, or elements, from and to places that other values say, and gradients of norms, which also add over rows. */
+const scattered: ReadonlySet<OpName> = new Set([
+  ...([
+    "permute",
+    "unpermute",
+    "take_rows",
+    "invert_rows",
+    "split_rows",
+    "merge_rows",
+    "pack",
+    "pack_grad",
+    "embed",
+    "embed_grad",
+  ] as const),
+  ...(["arrange", "quantile", "quantile_update", "top_k_mask", "top_k_mask_biased"] as const),
+  ...(["rmsnorm_grad", "rmsnorm_grad_add", "rmsnorm_grad_add_pair", "rmsnorm_grad_add_triple", "layernorm_grad"] as const),
+  ...(["head_norm_grad", "head_layernorm_grad"] as const),
+]);
+/** Ops that update parameters. */
+const optimizers: ReadonlySet<OpName> = new Set([
+  ...(["adam", "adam_cast", "adam_scheduled", "adamw", "adamw_cast", "adamw_scheduled"] as const),
+  ...(["sgd", "sgd_cast", "sgd_scheduled", "sgd_scheduled_cast"] as const),
+  ...(["sgd_momentum", "sgd_momentum_cast", "sgd_momentum_scheduled", "sgd_momentum_scheduled_cast"] as const),
+  ...(["muon", "muon_momentum", "muon_scheduled", "orthogonalize", "orthogonalize_experts"] as const),
+]);
 
 /** Returns the shape of a kernel on one rank, with the expected number of rows. An op that adds to a result has " adds" behind its name. */
 export function kernelShape(i: Compute, mesh: Mesh, buffers: BufferTable): KernelShape {
   const { flops, bytes } = costOf(i, mesh, buffers);
-  const op = products[i.op] && (i.accumulates ?? []).length > 0 ? `${i.op} adds` : i.op;
+  const op = products[i.op] !== undefined && (i.accumulates ?? []).length > 0 ? `${i.op} adds` : i.op;
   const d: Record<string, number> = { ...i.attrs };
   for (const [dim, [size, subAxes]] of Object.entries(i.dims)) d[dim] = size / shardCount(mesh, subAxes);
-  const isAttention = i.op.startsWith("attention") && flops > 0;
+  const attention = attentionVariant(i.op);
   // attention also reads logarithms of sums in f32, and multiplies nothing by them
-  const dtype = isAttention ? firstOf(i, buffers) : widestOf(i, buffers);
-  const base = { op, flops, bytes, dtype };
   const product = products[i.op];
+  const operands = Object.values(i.reads);
+  // and products with a formula behind them read more than their two operands
+  const dtype = attention ? firstOf(i, buffers) : widestOf(product ? operands.slice(0, 2) : operands, buffers);
+  const base = { op, flops, bytes, dtype };
   if (product) {
     const rows = flops / (2 * sizeOf(d, "K") * (sizeOf(d, "N") + (d.F ?? 0)));
-    const [m, n, k] = product(d, rows);
-    const isGrouped = i.op.startsWith("grouped");
-    const experts = isGrouped ? sizeOf(d, "E") : 1;
-    const isWgrad = i.op.endsWith("wgrad");
+    const [m, n, k] = product.sizes(d, rows);
+    const experts = sizeOf(d, "E");
     // rows of one expert
-    const sizes = isGrouped ? (isWgrad ? { m, n, k: k / experts, experts } : { m: m / experts, n, k, experts }) : { m, n, k, experts };
-    const family =
-      dtype === "f32" ? "product_f32" : isGrouped ? (isWgrad ? "grouped_wgrad" : "grouped") : isWgrad ? "product_wgrad" : "product";
+    const sizes = {
+      product: { m, n, k, experts: 1 },
+      product_wgrad: { m, n, k, experts: 1 },
+      grouped: { m: m / experts, n, k, experts },
+      grouped_wgrad: { m, n, k: k / experts, experts },
+    }[product.family];
+    const family = dtype === "f32" ? "product_f32" : product.family;
     return { ...base, family, sizes };
   }
-  if (isAttention) {
+  if (attention) {
     const group = sizeOf(d, "M");
     const sizes = {
       ...{ queries: sizeOf(d, "S"), keys: sizeOf(d, "U"), heads: sizeOf(d, "B") * sizeOf(d, "G") * group, group },
       ...{ width: sizeOf(d, "C"), value_width: sizeOf(d, "W") },
     };
-    return { ...base, family: i.op.endsWith("_grad") ? "attention_grad" : "attention", sizes };
+    return { ...base, family: attention.grad ? "attention_grad" : "attention", sizes };
   }
-  const family = optimizers.test(i.op) ? "optimizer" : scattered.test(i.op) ? "rows" : "streaming";
+  const family = optimizers.has(i.op) ? "optimizer" : scattered.has(i.op) ? "rows" : "streaming";
   return { ...base, family, sizes: { bytes: Math.max(1, bytes) } };
 }
 
@@ -92,9 +123,8 @@ function firstOf(i: Compute, buffers: BufferTable): Dtype {
   return first === undefined ? "f32" : buffers.get(first).dtype;
 }
 
-/** Returns the widest float type that an instruction reads; f32 if it reads none. */
-function widestOf(i: Compute, buffers: BufferTable): Dtype {
-  const read = Object.values(i.reads).map((id) => buffers.get(id).dtype);
-  const floats = read.filter((dtype) => dtypes[dtype].kind === "float");
+/** Returns the widest float type of operands; f32 if there is none. */
+function widestOf(operands: readonly string[], buffers: BufferTable): Dtype {
+  const floats = operands.map((id) => buffers.get(id).dtype).filter((dtype) => dtypes[dtype].kind === "float");
   return floats.sort((a, b) => dtypes[b].bytes - dtypes[a].bytes)[0] ?? "f32";
 }

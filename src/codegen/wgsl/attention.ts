@@ -8,6 +8,7 @@ import { render } from "../../../templates/bindings.ts";
 import * as attentionOps from "../../ops/attention.ts";
 import * as documentOps from "../../ops/attentionDocuments.ts";
 import * as dropoutOps from "../../ops/attentionDropout.ts";
+import { attentionVariant } from "../../ops/attentionVariants.ts";
 import { runtimeAttrs } from "../../ops/dropout.ts";
 import { invariant } from "../../ops/op.ts";
 import { type AttentionGradSpec, type AttentionSizes, type AttentionSpec, attentionSizes, isReordered } from "../attentionSizes.ts";
@@ -69,7 +70,11 @@ const vectorsOf = (o: KernelOperand, channels: number, side: AttentionVectors["s
 });
 const bufferOf = (v: AttentionVectors): Binding => bindingOf(v, v.run);
 /** The log-sum-exps. Those of a shard are bound as bits: WGSL has no number for that of a query without keys. */
-const logSums = (spec: KernelSpec): Binding => ({ arg: "lse", type: spec.op.endsWith("_part") ? "u32" : "f32" });
+const logSums = (spec: KernelSpec): Binding => ({ arg: "lse", type: isForwardOfShard(spec) ? "u32" : "f32" });
+const isForwardOfShard = ({ op }: KernelSpec): boolean => {
+  const { part = false, grad = false } = attentionVariant(op) ?? {};
+  return part && !grad;
+};
 
 /** `more`: the inputs of variants. */
 function forward(spec: AttentionSpec, more: readonly Binding[] = []): GeneratedKernel {
