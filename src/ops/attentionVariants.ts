@@ -19,7 +19,7 @@ const none: AttentionVariant = { grad: false, part: false, documents: false, dro
 const [grad, part, documents, drops] = [{ grad: true }, { part: true }, { documents: true }, { drops: true }];
 
 /** The variant of each op of attention. */
-export const attentionVariants: Readonly<Record<AttentionOp, AttentionVariant>> = {
+const attentionVariants: Readonly<Record<AttentionOp, AttentionVariant>> = {
   attention: none,
   attention_grad: { ...none, ...grad },
   attention_part: { ...none, ...part },
