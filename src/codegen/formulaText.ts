@@ -27,14 +27,23 @@ export interface Language {
   test(test: Test["kind"], args: readonly ExprText[]): string;
   select(test: string, yes: ExprText, no: ExprText, isVector: boolean): ExprText;
   /**
-   * A product that is rounded before it is added to something. Compilers otherwise choose in each kernel whether a product and a sum are one
-   * operation, and values per launch, such as the weight decay of a step, must have the same bits in all kernels. Absent: `a * b`.
+   * How products and sums are rounded. Compilers otherwise choose in each kernel whether a product and a sum are one operation, and which of
+   * two products: a formula would have other bits in a kernel that also casts its result. Absent: the compiler chooses.
    */
-  roundedProduct?(a: ExprText, b: ExprText): ExprText;
+  readonly rounding?: Rounding;
   /** Whether elements are computed as vectors. */
   readonly vectors: boolean;
   /** Whether a division by a constant, or by a variable per launch or per row, becomes a product with the reciprocal. */
   readonly reciprocals: boolean;
+}
+/** Arithmetic whose roundings a language states. */
+interface Rounding {
+  /** `a * b`, rounded: it is never one operation with a sum. */
+  product(a: ExprText, b: ExprText): ExprText;
+  /** `a * b + c`, rounded once. */
+  fused(a: ExprText, b: ExprText, c: ExprText): ExprText;
+  /** The factor by which an approximate quotient multiplies. */
+  approxReciprocal(b: ExprText): ExprText;
 }
 type Operator = "add" | "sub" | "mul" | "div" | "neg";
 const operators = { add: "+", sub: "-", mul: "*", div: "/" } as const;
@@ -66,7 +75,10 @@ export interface FormulaText {
 /** Returns the text of results. `operand` replaces the names of operands. */
 export function formulaText(language: Language, results: Readonly<Record<string, Result>>, operand = (name: string) => name): FormulaText {
   const printer = new Printer(language, operand);
-  const texts = Object.entries(results).map(([name, r]): [string, ExprText] => [name, printer.print(r.kind === "total" ? r.term : r)]);
+  const texts = Object.entries(results).map(([name, r]): [string, ExprText] => [
+    name,
+    r.kind === "total" ? printer.print(r.term) : printer.rounded(r),
+  ]);
   return { ...printer.parts, results: new Map(texts) };
 }
 
@@ -99,14 +111,14 @@ class Printer {
         this.parts.hasColumn = true;
         return this.atom("column", e);
       case "variable":
-        return this.variable(e.name, e, () => this.print(e.value).text);
+        return this.variable(e.name, e, () => this.rounded(e.value).text);
       case "call":
         return this.call(e.fn, e.args);
       case "select": {
         const { test } = e;
         const args = (test.kind === "finite" ? [test.x] : [test.a, test.b]).map((x) => this.print(x));
         const isVector = this.isVector(e);
-        return language.select(language.test(test.kind, args), this.print(e.yes), this.print(e.no), isVector);
+        return language.select(language.test(test.kind, args), this.rounded(e.yes), this.rounded(e.no), isVector);
       }
       case "rowReduce": {
         const { name, by } = e;
@@ -152,16 +164,12 @@ class Printer {
     this.parts.calls.add(fn);
     const [a, b] = args;
     invariant(a !== undefined, `${fn} has no operand`);
-    if (fn === "neg") {
-      const x = this.print(a);
-      return { text: `-${this.within(x, strength.unary)}`, strength: strength.unary, isVector: x.isVector };
-    }
+    if (fn === "neg") return this.negative(this.rounded(a));
     if (fn === "add" || fn === "sub" || fn === "mul" || fn === "div") {
       invariant(b !== undefined, `${fn} has one operand`);
-      const isSum = fn === "add" || fn === "sub";
-      const left = isSum ? this.term(a) : this.print(a);
+      if (fn === "add" || fn === "sub") return this.sum(fn, a, b);
       const inverse = fn === "div" ? this.reciprocal(b) : undefined;
-      return this.binary(inverse ? "mul" : fn, left, inverse ?? (isSum ? this.term(b) : this.print(b)));
+      return this.binary(inverse ? "mul" : fn, this.print(a), inverse ?? this.print(b));
     }
     if (fn === "oneMinusPower") {
       invariant(a.kind === "constant" && b !== undefined, "the base of a power is a constant");
@@ -173,14 +181,40 @@ class Printer {
     );
   }
 
-  /** Returns a term of a sum. */
-  private term(e: Expr): ExprText {
-    const { roundedProduct } = this.language;
-    if (!roundedProduct || e.kind !== "call" || e.fn !== "mul" || scopeOf(e) !== "launch") return this.print(e);
+  private negative(x: ExprText): ExprText {
+    return { text: `-${this.within(x, strength.atom)}`, strength: strength.unary, isVector: x.isVector };
+  }
+
+  /** Returns a sum or a difference. If a term is a product, they are one operation; of two products the second one. */
+  private sum(fn: "add" | "sub", a: Expr, b: Expr): ExprText {
+    const { rounding } = this.language;
+    const [left, right] = [this.factors(a), this.factors(b)];
+    if (rounding && right) return rounding.fused(fn === "sub" ? this.negative(right[0]) : right[0], right[1], this.rounded(a));
+    if (rounding && left) {
+      const other = this.rounded(b);
+      return rounding.fused(...left, fn === "sub" ? this.negative(other) : other);
+    }
+    return this.binary(fn, this.print(a), this.print(b));
+  }
+
+  /** Returns an expression that is not a part of a product; a product is rounded if the language states roundings. */
+  rounded(e: Expr): ExprText {
+    const factors = this.factors(e);
+    return factors && this.language.rounding ? this.language.rounding.product(...factors) : this.print(e);
+  }
+
+  /** Returns the two factors of an expression that is a product in a language that states roundings. */
+  private factors(e: Expr): readonly [ExprText, ExprText] | undefined {
+    const { rounding } = this.language;
+    if (!rounding || e.kind !== "call") return undefined;
     const [a, b] = e.args;
-    invariant(a !== undefined && b !== undefined, "a product has two factors");
+    if (a === undefined || b === undefined) return undefined;
+    if (e.fn !== "mul" && e.fn !== "approxDiv" && e.fn !== "div") return undefined;
+    const first = this.print(a);
+    const second = e.fn === "mul" ? this.print(b) : e.fn === "div" ? this.reciprocal(b) : rounding.approxReciprocal(this.print(b));
+    if (!second) return undefined;
     this.parts.calls.add(e.fn);
-    return roundedProduct(this.print(a), this.print(b));
+    return [first, second];
   }
 
   private binary(fn: keyof typeof operators, a: ExprText, b: ExprText): ExprText {

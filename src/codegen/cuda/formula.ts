@@ -186,7 +186,7 @@ function totalKernel(spec: KernelSpec, arch: Arch, layout: OperandLayout, total:
   const factor = total.divides ? 1 / total.by : total.by;
   const [to] = [...layout.access.keys()].slice(-1);
   invariant(to !== undefined, `${spec.op} has no output`);
-  const plain = formulaText(cuda, { [to]: total.term });
+  const plain = formulaText(cuda, { [to]: total });
   if (plain.stages.length) {
     const term = termOf(plain);
     return rowKernel(spec, layout, plain, {
@@ -199,7 +199,7 @@ function totalKernel(spec: KernelSpec, arch: Arch, layout: OperandLayout, total:
   invariant(over !== undefined, `${spec.op} sums nothing`);
   const tables = reads("table");
   const indexed = [...others, ...tables];
-  const text = formulaText(cuda, { [to]: total.term }, (name) => (name === over.name ? "x" : `${name}[j]`));
+  const text = formulaText(cuda, { [to]: total }, (name) => (name === over.name ? "x" : `${name}[j]`));
   return makeSum(spec, arch, {
     ...{ over, to: operandOf(spec, to), factor, term: termOf(text).text, indexed },
     ...(tables[0] ? { width: tableIndex(tables[0].access, spec).width } : {}),

@@ -63,7 +63,11 @@ export const cuda: Language = {
   reciprocals: true,
   literal: f32,
   declare: (name, value) => `const float ${name} = ${value};`,
-  roundedProduct: (a, b) => ({ text: `__fmul_rn(${a.text}, ${b.text})`, strength: strength.atom, isVector: false }),
+  rounding: {
+    product: (a, b) => atom(`__fmul_rn(${a.text}, ${b.text})`),
+    fused: (a, b, c) => atom(`fmaf(${a.text}, ${b.text}, ${c.text})`),
+    approxReciprocal: (b) => atom(`fastReciprocal(${b.text})`),
+  },
   call(fn, args) {
     const [a = zero, b = zero] = args;
     const of = (text: string, own: ExprText["strength"]): ExprText => ({ text, strength: own, isVector: false });
@@ -83,4 +87,5 @@ export const cuda: Language = {
     isVector: false,
   }),
 };
+const atom = (text: string): ExprText => ({ text, strength: strength.atom, isVector: false });
 const zero: ExprText = { text: "0.0f", strength: strength.atom, isVector: false };
