@@ -75,13 +75,17 @@ test("products of blocks that begin asynchronous collectives share the device, t
     const { plan } = compile(job(parallel), { target });
     const grids = new Map(plan.kernels.map(({ id, launches }) => [id, launches[0]?.grid[0] ?? 0]));
     const [chunk] = plan.programs[0]!.chunks;
-    const most = (block: "forward" | "backward"): number =>
-      Math.max(...chunk![block].map((i) => (i.kind === "compute" && i.op.startsWith("gemm") ? (grids.get(i.kernel) ?? 0) : 0)));
-    return { forward: most("forward"), backward: most("backward") };
+    const most = (block: "forward" | "backward", op: string): number =>
+      Math.max(...chunk![block].map((i) => (i.kind === "compute" && i.op.startsWith(op) ? (grids.get(i.kernel) ?? 0) : 0)));
+    return { forward: most("forward", "gemm"), backward: most("backward", "gemm"), attention: most("forward", "attention") };
   };
   const hopperTarget = await loadTarget("cuda:sm_90a");
-  expect(gridsOf({}, hopperTarget)).toEqual({ forward: MULTIPROCESSORS, backward: MULTIPROCESSORS });
+  expect(gridsOf({}, hopperTarget)).toEqual({ forward: MULTIPROCESSORS, backward: MULTIPROCESSORS, attention: MULTIPROCESSORS });
   const buckets = gridsOf({ gradient_bucket: 100 }, hopperTarget);
   expect(buckets.forward).toBe(MULTIPROCESSORS);
   expect(buckets.backward).toBeGreaterThan(3 * MULTIPROCESSORS);
+  const gathered = gridsOf({ distributed_optimizer: true, parameter_bucket: 50, parameter_gather: "forward" }, hopperTarget);
+  expect(gathered.forward).toBeGreaterThan(3 * MULTIPROCESSORS);
+  expect(gathered.attention).toBeGreaterThan(MULTIPROCESSORS);
+  expect(gathered.backward).toBe(MULTIPROCESSORS);
 });
