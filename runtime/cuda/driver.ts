@@ -243,14 +243,17 @@ const streamCalls = ({ call, isUnready, handle }: DriverCalls): Pick<Context, St
   synchronize: (stream) => (stream === undefined ? call("cuCtxSynchronize") : call("cuStreamSynchronize", stream)),
 });
 
-const graphCalls = ({ call, handle }: DriverCalls): Pick<Context, "beginCapture" | "endCapture" | "replay" | "destroyGraph"> => ({
+/** CUDA_GRAPH_INSTANTIATE_FLAG_USE_NODE_PRIORITY, since CUDA 11.7: without it all kernels of a graph have the priority of the stream that launches it. */
+const [USE_NODE_PRIORITY, WITH_PRIORITIES] = [8, 11_070];
+
+const graphCalls = ({ call, handle, int }: DriverCalls): Pick<Context, "beginCapture" | "endCapture" | "replay" | "destroyGraph"> => ({
   beginCapture: (stream) => call("cuStreamBeginCapture_v2", stream, CU_STREAM_CAPTURE_MODE_THREAD_LOCAL),
   endCapture: (stream) => {
     const into = new BigUint64Array(1);
     call("cuStreamEndCapture", stream, into);
     const [graph = 0n] = into;
     try {
-      return handle("cuGraphInstantiateWithFlags", graph, 0);
+      return handle("cuGraphInstantiateWithFlags", graph, int("cuDriverGetVersion") >= WITH_PRIORITIES ? USE_NODE_PRIORITY : 0);
     } finally {
       call("cuGraphDestroy", graph);
     }
