@@ -51,7 +51,6 @@ interface RunOptions extends CommonOptions, SaveOptions, StepsOptions {
   readonly metrics?: string;
   readonly initFrom?: string;
   readonly timeLimit?: number;
-  readonly resume?: string;
   readonly allowMismatch?: readonly string[];
   readonly dumpGrads?: string;
   readonly profile?: string;
@@ -224,7 +223,9 @@ async function train(loaded: LoadedPlan, baseDir: string, options: RunOptions, e
   // the leading process ends last, and states for all how the run ended
   if (!run.leads) return 0;
   if (endedBy)
-    printStderr(`${endedBy === "time limit" ? "the time limit has come" : "interrupted"}: ${totals.done} of ${last} steps were done`);
+    printStderr(
+      `${endedBy === "time limit" ? "the time limit has come" : "interrupted"}: ${run.progress().steps} of ${last} steps were done`,
+    );
   await printResult({ ...totals.result(), startup: startup.seconds(), endedBy, saved: saves.saved, evaluations }, options.format);
   return endedBy ? (reason?.code ?? OTHER_RANK_CODE) : 0;
 }

@@ -2,8 +2,13 @@
 import { type Command, InvalidArgumentError } from "commander";
 import type { Run } from "../../runtime/train/loop.ts";
 
-/** Signals that end a run after the current step, with their exit codes: 128 and the number of the signal. A second one ends it at once. */
+/** Signals that end a run after the current step, with their exit codes: 128 and the number of the signal. A later one ends it at once. */
 const exitCodes = { SIGINT: 130, SIGTERM: 143, SIGUSR1: 138 } as const;
+/**
+ * Milliseconds in which more signals are the same request. Batch systems signal every process of a job, and launchers forward what they
+ * receive: a rank then has two signals at once, and saves all the same.
+ */
+const SAME_REQUEST = 1000;
 /** The exit code of timeout(1). */
 const TIME_LIMIT_CODE = 124;
 
@@ -22,6 +27,8 @@ export class RunEnd {
   readonly #handlers: readonly (readonly [keyof typeof exitCodes, () => void])[];
   #run: Pick<Run, "stop"> | undefined;
   #reason: Reason | undefined;
+  /** When the first signal came, in milliseconds. */
+  #signalled: number | undefined;
   /** Durations of the last steps, in seconds. */
   #steps: number[] = [];
 
@@ -29,8 +36,8 @@ export class RunEnd {
   constructor(limit: number | undefined) {
     this.#limit = limit ?? Number.POSITIVE_INFINITY;
     const names = Object.keys(exitCodes) as (keyof typeof exitCodes)[];
-    this.#handlers = names.map((by) => [by, () => this.#end({ by, code: exitCodes[by] })]);
-    for (const [signal, handler] of this.#handlers) process.once(signal, handler);
+    this.#handlers = names.map((by) => [by, () => this.#signal(by)]);
+    for (const [signal, handler] of this.#handlers) process.on(signal, handler);
   }
 
   get reason(): Reason | undefined {
@@ -52,6 +59,15 @@ export class RunEnd {
 
   close(): void {
     for (const [signal, handler] of this.#handlers) process.removeListener(signal, handler);
+  }
+
+  #signal(by: keyof typeof exitCodes): void {
+    this.#signalled ??= performance.now();
+    if (performance.now() - this.#signalled < SAME_REQUEST) this.#end({ by, code: exitCodes[by] });
+    else {
+      this.close();
+      process.kill(process.pid, by);
+    }
   }
 
   #end(reason: Reason): void {

@@ -15,6 +15,8 @@ import type { RunSaves } from "./runSaves.ts";
 
 /** Options of a run that concern its steps. */
 export interface StepsOptions {
+  /** With `auto`, a run without further steps is complete, and not an error. */
+  readonly resume?: string;
   readonly log?: string;
   readonly logInterval: number;
   readonly skipSteps?: readonly StepRange[];
@@ -78,8 +80,12 @@ export async function trainSteps({
   onEvaluation,
 }: Training): Promise<void> {
   const before = run.progress().steps;
-  if (before >= steps)
+  if (before >= steps) {
+    // a batch system starts a complete run again
+    if (options.resume === "auto")
+      return run.leads ? printStderr(`note: the run is complete: the checkpoint is of step ${before}`) : undefined;
     throw new Trouble(`the checkpoint is of step ${before}, and the run ends at step ${steps}`, `set a later step: --steps ${2 * before}`);
+  }
   const { metricsLine, progressLine, startupLine } = await import("./progress.ts");
   while (run.progress().steps < steps && run.mayBegin()) {
     if (isIn(options.skipSteps ?? [], run.progress().steps + 1)) {

@@ -3,7 +3,8 @@ import { spawn } from "node:child_process";
 import { mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
-import { afterAll, beforeAll, expect, test } from "vitest";
+import { afterAll, beforeAll, expect, test, vi } from "vitest";
+import { RunEnd } from "../../src/cli/runEnd.ts";
 import { fixture } from "../support/job.ts";
 import { builtCli, rankcProcess } from "../support/rankc.ts";
 import { byTier, full } from "../support/tiers.ts";
@@ -23,7 +24,7 @@ data: {path: corpus.txt}
 });
 afterAll(() => rmSync(place, { recursive: true, force: true }));
 
-/** Runs until its first step, then sends a signal. */
+/** Runs until its first step, then sends a signal, twice: as batch systems do whose launcher forwards it. */
 function interrupted(signal: NodeJS.Signals, ...args: string[]): Promise<{ code: number | null; err: string; out: string }> {
   const child = spawn(process.execPath, [builtCli(), "run", job, "--format", "json", ...args]);
   const printed = { err: "", out: "" };
@@ -31,7 +32,9 @@ function interrupted(signal: NodeJS.Signals, ...args: string[]): Promise<{ code:
   child.stderr.on("data", (chunk) => {
     const first = !printed.err.includes("step ");
     printed.err += chunk;
-    if (first && printed.err.includes("step ")) child.kill(signal);
+    if (!first || !printed.err.includes("step ")) return;
+    child.kill(signal);
+    setTimeout(() => child.kill(signal), 20);
   });
   return new Promise((resolve) => child.on("close", (code) => resolve({ code, ...printed })));
 }
@@ -51,7 +54,30 @@ for (const { options, rows } of byTier(signals, ([signal]) => signal === "SIGTER
     const next = await rankcProcess("run", job, "--save", folder, "--resume", "auto", "--steps", String(steps + 1), "--format", "json");
     expect(next.err).toContain(`resumed from ${saved}`);
     expect(JSON.parse(next.out)).toMatchObject({ steps: 1, interrupted: false });
+    const again = await rankcProcess("run", job, "--save", folder, "--resume", "auto", "--steps", String(steps + 1), "--format", "json");
+    expect([again.exit, again.err]).toEqual([0, expect.stringContaining(`the run is complete: the checkpoint is of step ${steps + 1}`)]);
+    expect(JSON.parse(again.out)).toMatchObject({ steps: 0, interrupted: false });
   });
+
+test("signals within a second are one request; a later one ends the run at once", () => {
+  const kill = vi.spyOn(process, "kill").mockReturnValue(true);
+  const now = vi.spyOn(performance, "now");
+  const stop = vi.fn();
+  const end = new RunEnd(undefined);
+  end.watch({ stop });
+  const listener = process.listeners("SIGUSR1").at(-1);
+  for (const time of [5000, 5001, 5999]) {
+    now.mockReturnValue(time);
+    listener?.("SIGUSR1");
+  }
+  expect([stop.mock.calls.length, kill.mock.calls.length, end.reason]).toEqual([1, 0, { by: "SIGUSR1", code: 138 }]);
+  now.mockReturnValue(6000);
+  listener?.("SIGUSR1");
+  expect(kill.mock.calls).toEqual([[process.pid, "SIGUSR1"]]);
+  // the default action of the signal ends the process
+  expect(process.listeners("SIGUSR1")).not.toContain(listener);
+  vi.restoreAllMocks();
+});
 
 test("--time-limit ends a run before the limit, saved, with exit code 124", async () => {
   const folder = join(place, "limit");
