@@ -5,6 +5,8 @@ import { dirname, join } from "node:path";
 import { entryOf } from "../../schemas/lookup.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import { openSafetensors, type Safetensors } from "./safetensors.ts";
+import { checkpointsIn } from "./saveFolder.ts";
+import { TEXT } from "./snapshotFile.ts";
 
 /** The open file of each tensor, by tensor name. */
 export type Tensors = { readonly where: ReadonlyMap<string, Safetensors>; readonly close: () => void };
@@ -16,6 +18,8 @@ export function openTensors(path: string): Tensors {
   const inside = (name: string): string => join(path, name);
   if (statSync(path, { throwIfNoEntry: false })?.isDirectory()) {
     const file = [INDEX, "model.safetensors"].map(inside).find((name) => statSync(name, { throwIfNoEntry: false }) !== undefined);
+    if (file === undefined && (statSync(inside(TEXT), { throwIfNoEntry: false }) || checkpointsIn(path).length > 0))
+      throw new Trouble(`${path} is a checkpoint of a run, or a folder of them`, `read its weights with --resume ${path} --only weights`);
     if (file === undefined)
       throw new Trouble(`${path}: holds neither ${INDEX} nor model.safetensors`, "name the folder or the file of a safetensors checkpoint");
     return openTensors(file);

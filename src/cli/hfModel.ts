@@ -53,12 +53,14 @@ export async function configFor(
   settings: { dtype: string; initStd: number; positions: number },
   family: string | undefined,
 ): Promise<ExportedConfig> {
-  const [{ hfConfigsOf }, { importHf }, { completeJob, JobText }, { modelDifferences }] = await Promise.all([
+  const [{ exportFamilies, hfConfigsOf }, { importHf }, { completeJob, JobText }, { modelDifferences }] = await Promise.all([
     import("../convert/hf/exportConfig.ts"),
     import("../convert/hf/importHf.ts"),
     import("../../schemas/job.ts"),
     import("../../runtime/checkpoint/mismatch.ts"),
   ]);
+  if (family !== undefined && !exportFamilies.includes(family))
+    throw new Trouble(`--family is "${family}"`, `the choices are ${exportFamilies.join(", ")}`);
   const all = hfConfigsOf(model, settings).filter((each) => family === undefined || each.family === family);
   const refused: { family: string; texts: readonly string[] }[] = [];
   for (const each of all)

@@ -110,6 +110,8 @@ async function modelOf(dist: Distcp, { config, vocab }: Options): Promise<Job["m
   ]);
   const args = argumentsIn(dist);
   const padded = args.get("padded_vocab_size");
+  if (vocab !== undefined && typeof padded === "number" && vocab > padded)
+    throw new Trouble(`--vocab ${vocab} exceeds the ${padded} rows of the embedding in ${dist.folder}`, "give the size of the tokenizer");
   const size = vocab ?? (typeof padded === "number" ? padded : undefined);
   expectPlainStorage(args);
   const words = [...wordsOfArguments(args), "--vocab-size", String(size ?? 0), "--make-vocab-size-divisible-by", "1"];

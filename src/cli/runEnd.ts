@@ -27,8 +27,8 @@ export class RunEnd {
   readonly #handlers: readonly (readonly [keyof typeof exitCodes, () => void])[];
   #run: Pick<Run, "stop"> | undefined;
   #reason: Reason | undefined;
-  /** When the first signal came, in milliseconds. */
-  #signalled: number | undefined;
+  /** Ends the time in which more signals are the same request. */
+  #later: NodeJS.Timeout | undefined;
   /** Durations of the last steps, in seconds. */
   #steps: number[] = [];
 
@@ -58,16 +58,14 @@ export class RunEnd {
   }
 
   close(): void {
+    clearTimeout(this.#later);
     for (const [signal, handler] of this.#handlers) process.removeListener(signal, handler);
   }
 
   #signal(by: keyof typeof exitCodes): void {
-    this.#signalled ??= performance.now();
-    if (performance.now() - this.#signalled < SAME_REQUEST) this.#end({ by, code: exitCodes[by] });
-    else {
-      this.close();
-      process.kill(process.pid, by);
-    }
+    // without a listener a signal has its default action, which ends the process
+    this.#later ??= setTimeout(() => this.close(), SAME_REQUEST).unref();
+    this.#end({ by, code: exitCodes[by] });
   }
 
   #end(reason: Reason): void {

@@ -486,8 +486,9 @@ test("a wrong index is refused before a tensor is read", () => {
     return complaint(() => checkpointFor(mixtral, folder));
   };
   writeSafetensors(join(folder, "x.safetensors"), []);
-  const empty = join(folder, "empty");
+  const [empty, saved] = [join(folder, "empty"), join(folder, "saved")];
   mkdirSync(empty);
+  mkdirSync(join(saved, "step-00000004"), { recursive: true });
   expect(
     [
       say("{"),
@@ -496,6 +497,7 @@ test("a wrong index is refused before a tensor is read", () => {
       say('{"weight_map": {"a": "gone.safetensors"}}'),
       say('{"weight_map": {"a": "x.safetensors"}}'),
       complaint(() => checkpointFor(mixtral, empty)),
+      complaint(() => checkpointFor(mixtral, saved)),
       complaint(() => checkpointFor(mixtral, join(folder, "gone.json"))),
     ].join("\n"),
   ).toMatchInlineSnapshot(`
@@ -505,6 +507,7 @@ test("a wrong index is refused before a tensor is read", () => {
     DIR/gone.safetensors: the safetensors file does not exist
     DIR/x.safetensors: has no tensor a
     DIR/empty: holds neither model.safetensors.index.json nor model.safetensors
+    DIR/saved is a checkpoint of a run, or a folder of them
     DIR/gone.json: cannot be read as a checkpoint index (ENOENT)"
   `);
 });

@@ -328,6 +328,7 @@ test("the command line exports a folder or every checkpoint, or reports the reas
   expect(wrong.err).toMatch(
     /no olmoe config of Hugging Face describes this model; the closest is olmoe:\n {2}model\.qk_norm is "full" in olmoe, "none" in the job/,
   );
+  expect((await rankc("export", "hf", at, "-o", out, "--family", "mistral")).err).toContain("the choices are llama, qwen2,");
   expect((await rankc("export", "hf", at, "-o", out, "--tokenizer", join(folder, "nowhere"))).err).toContain(
     "holds no files of a tokenizer",
   );

@@ -132,6 +132,9 @@ const families: Readonly<Record<string, FamilyKeys>> = {
   })),
 };
 
+/** The families that exports write, by model_type. A Mistral model without a window is a Llama model. */
+export const exportFamilies: readonly string[] = Object.keys(families);
+
 /** Returns the configs of all families that may describe a model. */
 export function hfConfigsOf(model: Model, { dtype, initStd, positions }: ConfigSettings): ExportedConfig[] {
   const { layers, hidden, heads, vocab, norm, tie_embeddings, rope, moe, mla } = model;
