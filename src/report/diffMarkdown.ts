@@ -2,7 +2,7 @@
 import { printable } from "../../schemas/printable.ts";
 import { bytesText, countText, flopsText, ranges, secondsText } from "../units.ts";
 import type { PlanDiff, SummaryChange } from "./diff.ts";
-import { instructionsOf, percentText, valueText } from "./diffText.ts";
+import { instructionsOf, percentText, sortedSummary, valueText } from "./diffText.ts";
 import { axisTitle } from "./overview.ts";
 import { placedText } from "./placementChanges.ts";
 import type { ProgramChange } from "./programChanges.ts";
@@ -33,7 +33,7 @@ export function diffMarkdown(diff: PlanDiff): string {
     ),
     details(
       `Summary of a rank: ${countText(diff.summary.length)} figures`,
-      table(["stages", "what", "before", "after", "change"], diff.summary.map(summaryRow)),
+      table(["stages", "what", "before", "after", "change"], sortedSummary(diff.summary, true).map(summaryRow)),
     ),
     details(programTitle(diff.program), diff.program.map((p) => `- ${programText(p)}`).join("\n")),
   ].filter((part) => part !== "");

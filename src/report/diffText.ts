@@ -101,8 +101,8 @@ function placementLines(rows: PlanDiff["placement"], width: number): string[] {
 
 const units = { bytes: bytesText, flops: flopsText, count: countText, seconds: secondsText } as const;
 
-/** Memory first, the largest change before others; then the rest, traffic last. */
-function sortedSummary(rows: readonly SummaryChange[], isWhole: boolean): SummaryChange[] {
+/** Returns the rows in order: memory first, the largest change before others; then the rest, traffic last, which only a whole summary has. */
+export function sortedSummary(rows: readonly SummaryChange[], isWhole: boolean): SummaryChange[] {
   const order = ({ what }: SummaryChange): number => (what.startsWith("memory") ? 0 : what.startsWith("traffic") ? 2 : 1);
   const size = (row: SummaryChange): number => (order(row) === 1 ? 0 : Math.abs(row.new - row.old));
   // consequences name the traffic

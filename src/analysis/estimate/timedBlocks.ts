@@ -2,7 +2,7 @@
 
 import type { DeviceProfile, KernelFamily } from "../../../schemas/deviceProfile.ts";
 import { bytesOf } from "../../../schemas/dtypes.ts";
-import { pairsOf, touchedBy, writesOf } from "../../../schemas/effects.ts";
+import { pairsOf, visitTouched, writesOf } from "../../../schemas/effects.ts";
 import { rowsSent } from "../../../schemas/experts.ts";
 import type { Collective, Compute, Instruction, Memory, Plan, Program, StreamName } from "../../../schemas/plan.ts";
 import { activationStart, type Block, blocksOf, runsIn } from "../../../schemas/program.ts";
@@ -126,9 +126,7 @@ export function blockTimer(
     /** Returns one object for each class. */
     const classOf = (own: CommunicationClass): CommunicationClass => {
       const key = `${own.name} ${own.axes} ${own.stream}`;
-      const known = classes.get(key) ?? own;
-      classes.set(key, known);
-      return known;
+      return madeOnce(classes, key, () => own);
     };
     const kernelTime = (i: Compute) => {
       const key = `${i.kernel} ${Object.keys(i.reads).length}`;
@@ -167,11 +165,15 @@ export function blockTimer(
         ...{ axes: "pp", isAcross, communication: classOf({ name: "transfers", axes: "pp" }) },
       };
     };
+    // blocks of the first, the last and the other microbatches share most instructions
+    const shared = new Map<Instruction, TimedInstruction>();
     const block = ({ kind, chunk, ...b }: Block, isFirst: boolean, isLast: boolean): TimedBlock => {
       const instructions = b.instructions.filter((i) => runsIn(i, { first: isFirst, last: isLast }));
       return {
         ...{ kind, chunk, isFirst, isLast },
-        instructions: instructions.map((i) => timed(i, kind === "step", isFirst)),
+        instructions: instructions.map((i) =>
+          isFirst && hasFirst(i) ? timed(i, kind === "step", true) : madeOnce(shared, i, () => timed(i, kind === "step", false)),
+        ),
         launches: instructions.reduce((sum, i) => sum + (i.kind === "compute" ? (launchesOf.get(i.kernel) ?? 1) : 1), 0),
       };
     };
@@ -204,6 +206,13 @@ function collectiveTimer(
       const alone = collectiveSeconds(profile.links, i.how, bytes, group, copies) * (1 - hiddenShare(i, isStep));
       return alone * (i.stream ? asynchronous.collective_factor : 1);
     });
+}
+
+/** Returns the value of a key, which is made when it is first asked for. */
+function madeOnce<K, V>(known: Map<K, V>, key: K, make: () => V): V {
+  const value = known.get(key) ?? make();
+  known.set(key, value);
+  return value;
 }
 
 const hasFirst = (i: Instruction): boolean => i.only === "first" || (i.kind === "compute" && i.first_kernel !== undefined);
@@ -262,7 +271,10 @@ class LazyTouch implements MemoryTouch {
   }
   private found(): MemoryTouch {
     const { instruction, buffers, spanOf } = this;
-    this.known ??= { reads: [...touchedBy(instruction, buffers)].map(spanOf), writes: writesOf(instruction, buffers).map(spanOf) };
+    if (this.known) return this.known;
+    const reads: MemorySpan[] = [];
+    visitTouched(instruction, buffers, (id) => reads.push(spanOf(id)));
+    this.known = { reads, writes: writesOf(instruction, buffers).map(spanOf) };
     return this.known;
   }
 }
@@ -270,13 +282,14 @@ class LazyTouch implements MemoryTouch {
 /** Returns a function from the id of a buffer to its place in memory. */
 function spansOf(program: Program, memory: Memory, buffers: BufferTable): (id: string) => MemorySpan {
   const known = new Map<string, MemorySpan>();
+  const starts = program.chunks.map((_, chunk) => activationStart(program, memory, { chunk }, 0));
   return (id) => {
     const before = known.get(id);
     if (before) return before;
     const b = buffers.find(id);
     // the index of the rows of a ragged value is not always a buffer of its own
     if (!b) return [-1, -1];
-    const start = ARENA * (1 + arenas.indexOf(b.kind)) + (b.kind === "activation" ? activationStart(program, memory, b, 0) : 0);
+    const start = ARENA * (1 + arenas.indexOf(b.kind)) + (b.kind === "activation" ? (starts[b.chunk ?? 0] ?? 0) : 0);
     const at = start + (memory.offsets[b.within ?? id] ?? 0);
     const span: MemorySpan = [at, at + elementsOf(b.shape) * bytesOf[b.dtype]];
     known.set(id, span);
