@@ -1,5 +1,5 @@
 /**
- * Results that a later command needs again: peaks of jobs, compiled plans, and plans whose laws hold. One small file each in the folder of
+ * Results that a later command needs again: peaks of jobs, compiled plans, plans whose laws hold, and estimates. One small file each in the folder of
  * cacheFolder.ts. Every failure is ignored: the command computes again.
  */
 import { readdirSync, readFileSync, renameSync, rmSync, statSync, writeFileSync } from "node:fs";
@@ -14,7 +14,8 @@ import { cacheFolder } from "./cacheFolder.ts";
 /** The largest number of results that are kept. */
 const MOST = 1000;
 
-function read(name: string): unknown {
+/** Returns a small result by its name; undefined if it is not kept. */
+export function recall(name: string): unknown {
   const folder = cacheFolder();
   if (folder === undefined) return undefined;
   try {
@@ -24,7 +25,8 @@ function read(name: string): unknown {
   }
 }
 
-function write(name: string, value: unknown): void {
+/** Keeps a small result. */
+export function remember(name: string, value: unknown): void {
   const folder = cacheFolder();
   if (folder !== undefined) writeResult(folder, name, () => JSON.stringify(value), "", MOST);
 }
@@ -83,29 +85,29 @@ export function knownPeaks(target: string | undefined): KnownPeaks {
   const nameOf = (job: Job): string => `peak-${sha256(JSON.stringify([target ?? null, job])).slice(0, 32)}`;
   return {
     get(job) {
-      const found = read(nameOf(job));
+      const found = recall(nameOf(job));
       const isPeak = typeof found === "object" && found !== null && "bytes" in found && "who" in found;
       return isPeak && typeof found.bytes === "number" && typeof found.who === "string"
         ? { bytes: found.bytes, who: found.who }
         : undefined;
     },
-    set: (job, peak) => write(nameOf(job), peak),
+    set: (job, peak) => remember(nameOf(job), peak),
   };
 }
 
 /** Values that were chosen for keys that a job leaves as `auto`, by all that the choice depends on. */
 export const knownAnswers = {
   get(key: string): AutoChoice | AutoProblem | undefined {
-    const found = read(`auto-${sha256(key)}`);
+    const found = recall(`auto-${sha256(key)}`);
     return typeof found === "object" && found !== null && ("values" in found || "found" in found)
       ? (found as AutoChoice | AutoProblem)
       : undefined;
   },
-  set: (key: string, answer: AutoChoice | AutoProblem): void => write(`auto-${sha256(key)}`, answer),
+  set: (key: string, answer: AutoChoice | AutoProblem): void => remember(`auto-${sha256(key)}`, answer),
 };
 
 /** Texts of plan files whose digests, schema and laws hold, by their SHA-256. */
 export const knownPlans = {
-  has: (text: string): boolean => cacheFolder() !== undefined && read(`plan-${sha256(text)}`) === true,
-  add: (text: string): void => void (cacheFolder() !== undefined && write(`plan-${sha256(text)}`, true)),
+  has: (text: string): boolean => cacheFolder() !== undefined && recall(`plan-${sha256(text)}`) === true,
+  add: (text: string): void => void (cacheFolder() !== undefined && remember(`plan-${sha256(text)}`, true)),
 };

@@ -38,9 +38,10 @@ export function registerDiff(program: Command, exit: ProcessExit): void {
     "diff plan/ job.yaml --only placement --ignore train.seed",
   ).action(async (a: string, b: string | undefined, options: DiffArguments) => {
     const [before, after] = await bothPlans(a, b, options);
-    const [{ diffPlans, selectDiff }, { printDiff, printStat }] = await Promise.all([
+    const [{ diffPlans, selectDiff }, { printDiff, printStat }, { knownEstimate: estimateOf }] = await Promise.all([
       import("../report/diff.ts"),
       import("../report/diffText.ts"),
+      import("./knownEstimate.ts"),
     ]);
     const hasProgram = (options.only.length === 0 || options.only.includes("program")) && !options.ignore.includes("program");
     const { profileFor } = await import("./deviceProfile.ts");
@@ -50,7 +51,7 @@ export function registerDiff(program: Command, exit: ProcessExit): void {
       ),
     );
     const profileOf = (plan: Plan) => profiles.get(plan);
-    const diff = selectDiff(diffPlans(before.plan, after.plan, { hasProgram, profileOf }), options.only, options.ignore);
+    const diff = selectDiff(diffPlans(before.plan, after.plan, { hasProgram, profileOf, estimateOf }), options.only, options.ignore);
     if (options.format === "json") printJson(diff);
     else if (options.format === "markdown") printStdout((await import("../report/diffMarkdown.ts")).diffMarkdown(diff));
     else

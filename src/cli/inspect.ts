@@ -87,9 +87,12 @@ async function runInspect(path: string, options: InspectArguments): Promise<void
     const { drawPlan } = await import("../report/planPicture.ts");
     writeFile(options.picture, drawPlan(plan, options.theme, profile));
   }
-  const { inspectPlan, INSPECT_VERSION } = await import("../report/inspect.ts");
+  const [{ inspectPlan, INSPECT_VERSION }, { knownEstimate }] = await Promise.all([
+    import("../report/inspect.ts"),
+    import("./knownEstimate.ts"),
+  ]);
   const timed = showsTime(options) ? { profile } : {};
-  const view = namesId ? undefined : inspectPlan(plan, { ...timed, imbalance: options.imbalance });
+  const view = namesId ? undefined : inspectPlan(plan, { ...timed, imbalance: options.imbalance, estimateOf: knownEstimate });
   const sections = [...(view ? await sectionsOf(plan, view, options) : []), ...(await detailsOf(plan, path, options))];
   if (options.format === "json") {
     const named = Object.fromEntries(sections.map(({ key, value }) => [key, value]));

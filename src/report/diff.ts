@@ -6,7 +6,7 @@ import { memoryKinds } from "../analysis/memoryBreakdown.ts";
 import { type Consequence, consequencesOf } from "./consequences.ts";
 import type { DiffLevel } from "./diffLevels.ts";
 import { classText, namedParts } from "./estimateView.ts";
-import { type Inspection, inspectPlan, type RoleView } from "./inspect.ts";
+import { type Inspection, type InspectOptions, inspectPlan, type RoleView } from "./inspect.ts";
 import { trafficOf } from "./overview.ts";
 import { type PlacementChange, placementChanges } from "./placementChanges.ts";
 import { type ProgramChange, programChanges } from "./programChanges.ts";
@@ -54,15 +54,16 @@ export interface DiffOptions {
   readonly hasProgram?: boolean;
   /** The device profile by which the steps of a plan are estimated. Default: none, and no times are compared. */
   readonly profileOf?: (plan: Plan) => DeviceProfile | undefined;
+  readonly estimateOf?: InspectOptions["estimateOf"];
 }
 
 /** Compares two plans. */
-export function diffPlans(a: Plan, b: Plan, { hasProgram = true, profileOf = () => undefined }: DiffOptions = {}): PlanDiff {
+export function diffPlans(a: Plan, b: Plan, { hasProgram = true, profileOf = () => undefined, estimateOf }: DiffOptions = {}): PlanDiff {
   const names = ["job", "mesh", "programs", "memory", "kernels", "toolchain"] as const;
   const sections = names.filter((name) => a.digests[name] !== b.digests[name] && !(name === "kernels" && haveSameSources(a, b)));
   const differs = (name: (typeof names)[number]): boolean => sections.includes(name);
   const isSame = sections.length === 0;
-  const inspected = (plan: Plan): Inspection => inspectPlan(plan, { profile: profileOf(plan) });
+  const inspected = (plan: Plan): Inspection => inspectPlan(plan, { profile: profileOf(plan), ...(estimateOf && { estimateOf }) });
   const [before, after] = isSame ? [] : [inspected(a), inspected(b)];
   const placement = before && after ? placementChanges(before, after) : [];
   return {

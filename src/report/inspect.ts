@@ -123,12 +123,14 @@ export interface Inspection {
 export interface InspectOptions {
   readonly profile?: DeviceProfile | undefined;
   readonly imbalance?: number | undefined;
+  /** Estimates a plan, or knows its estimate; default: estimates it. */
+  readonly estimateOf?: typeof estimateView;
 }
 
 /** Summarizes a plan. */
-export function inspectPlan(plan: Plan, { profile, imbalance }: InspectOptions = {}): Inspection {
+export function inspectPlan(plan: Plan, { profile, imbalance, estimateOf = estimateView }: InspectOptions = {}): Inspection {
   const { job, mesh } = plan;
-  const timed = estimateView(plan, profile, imbalance);
+  const timed = estimateOf(plan, profile, imbalance);
   const roles = stagesOf(plan).map((stage) => roleView(plan, stage));
   const microbatches = roles[0]?.microbatches ?? 0;
   return {

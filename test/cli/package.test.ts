@@ -145,6 +145,21 @@ describe("the installed package", () => {
     expect(code().some((name) => readFileSync(join(ownResults(), name), "latin1") !== "damaged")).toBe(true);
   });
 
+  test("remembers the estimate of a plan: the second report is the first, and damage to the cache changes nothing", () => {
+    rankc("compile", job, "-o", "timed");
+    const report = (): string => rankc("inspect", "timed", "--device", "h100-80gb", "--format", "json");
+    const first = report();
+    expect(JSON.parse(first).estimate.seconds).toBeGreaterThan(0);
+    const estimates = readdirSync(ownResults()).filter((name) => name.startsWith("estimate-"));
+    expect(estimates).toHaveLength(1);
+    expect(report()).toBe(first);
+    const kept = join(ownResults(), estimates[0]!);
+    writeFileSync(kept, readFileSync(kept, "utf8").replace(/"busiest":0/, '"busiest":7'));
+    expect(JSON.parse(report()).estimate.busiest).toBe(7);
+    writeFileSync(kept, "{");
+    expect(report()).toBe(first);
+  });
+
   test(
     "remembers peaks, checked plans and compiled plans: an answer from the cache is the computed one, and damage to the cache changes nothing",
     full,
