@@ -79,6 +79,8 @@ export interface Assumptions {
   readonly captured?: boolean;
   /** Whether the host waits for no count of rows, so that it prepares launches ahead of the device. */
   readonly runsAhead?: boolean;
+  /** Whether an event stands before and behind each instruction, as in `run --profile`. */
+  readonly timed?: boolean;
   /** Communication that runs beside kernels: the share that this hides stands in the profile. */
   readonly hidden?: readonly ("experts" | "data" | "tensor")[];
 }
@@ -135,7 +137,9 @@ export function blockTimer(
       const shape = kernelShape(i, plan.mesh, buffers);
       const time = kernels.timeOf(shape);
       const launches = launchesOf.get(i.kernel) ?? 1;
-      const seconds = time.seconds * (isOfExperts(i, buffers) ? imbalance : 1) + 1e-6 * profile.kernels.launch_us * launches;
+      const { launch_us, event_us } = profile.kernels;
+      const gaps = 1e-6 * (launch_us * launches + (assumed.timed ? event_us : 0));
+      const seconds = time.seconds * (isOfExperts(i, buffers) ? imbalance : 1) + gaps;
       const timed = { seconds, source: time.source, part: parts[shape.family] };
       known.set(key, timed);
       return timed;
