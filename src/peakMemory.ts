@@ -111,6 +111,10 @@ function layerPosition({ train: { recompute: r } }: Job, experts: boolean, at: n
   return { letter: "t", kind: `${experts ? "x" : "d"}${again}`, experts };
 }
 
+/** Returns the kinds of the positions of each virtual stage: virtual stages with equal kinds have equal instructions, apart from names. */
+export const chunkKinds = (job: Job, pipeline: Pipeline): string[] =>
+  chunkPositions(job, pipeline).map((places) => places.map(({ kind }) => kind).join(" "));
+
 /** Returns the positions of each virtual stage. */
 function chunkPositions(job: Job, { of, stages, chunks }: Pipeline): ModelPosition[][] {
   const { model } = job;

@@ -22,10 +22,14 @@ import { type BlockBuilder, type Lowered, type ProgramBuilder, programBuilder } 
 import { expandRing, isRing } from "./ring.ts";
 import type { ShardStep } from "./sharding/steps.ts";
 
-/** Returns one program per stage, without kernels and memory. `lowered` has the results of the passes before. */
-export function lower(job: Job, mesh: Mesh, lowered: Lowered): Program[] {
+/**
+ * Returns one program per stage, without kernels and memory. `lowered` has the results of the passes before. `only`: the stages that are lowered;
+ * default all.
+ */
+export function lower(job: Job, mesh: Mesh, lowered: Lowered, only?: ReadonlySet<number>): Program[] {
   const { graph, sharded, pipeline, evaluation } = lowered;
-  return lowered.order.map(({ order, copies }, stage) => {
+  return lowered.order.flatMap(({ order, copies }, stage): Program[] => {
+    if (only && !only.has(stage)) return [];
     const role = programBuilder(job, mesh, lowered, stage);
     for (const p of graph.parameters) {
       const placed = sharded.placement.get(p);
@@ -57,19 +61,21 @@ export function lower(job: Job, mesh: Mesh, lowered: Lowered): Program[] {
       forward: forwardBlock,
       ...(split ? splitBackward(backwardBlock, role.buffers) : { backward: backwardBlock, weights: [] }),
     }));
-    return {
-      stage,
-      chunks,
-      order: [...order],
-      parameters,
-      inputs: role.inputs,
-      bounds: role.bounds,
-      metrics,
-      ...(mtp_losses && { mtp_losses }),
-      buffers: assignKinds(role.buffers, { chunks, step, inputs: role.inputs, ...(own && { evaluation: own }) }),
-      step,
-      ...(own && { evaluation: own }),
-    };
+    return [
+      {
+        stage,
+        chunks,
+        order: [...order],
+        parameters,
+        inputs: role.inputs,
+        bounds: role.bounds,
+        metrics,
+        ...(mtp_losses && { mtp_losses }),
+        buffers: assignKinds(role.buffers, { chunks, step, inputs: role.inputs, ...(own && { evaluation: own }) }),
+        step,
+        ...(own && { evaluation: own }),
+      },
+    ];
   });
 }
 

@@ -5,13 +5,13 @@
 import type { DeviceProfile } from "../../schemas/deviceProfile.ts";
 import { deviceOf } from "../../schemas/devices.ts";
 import type { Job } from "../../schemas/job.ts";
-import { estimate } from "../analysis/estimate/estimate.ts";
 import type { TimeParts } from "../analysis/estimate/timeParts.ts";
+import type { GeneratedKernel } from "../codegen/kernelSpec.ts";
 import { cpu, type Target } from "../codegen/targets.ts";
-import { compile } from "../compile.ts";
 import { peakOf } from "../rules/all.ts";
 import { jobRules } from "../rules/jobRules.ts";
 import { choicesOf, type FixedKeys, type JobChoice, jobWith, type KeptKeys, searchedKeys } from "./choice.ts";
+import { estimateJob, type JobEstimateOptions } from "./estimateJob.ts";
 import { forecast, forecastBase } from "./forecast.ts";
 import { type Conflict, conflictOf } from "./waysOut.ts";
 
@@ -93,8 +93,9 @@ const MOST_TOO_LARGE = 64;
 /** Searches. Throws a BrokenInvariant for bugs alone; a job that no choice fits has an empty `best`. */
 export function search(
   job: Job,
-  { profile, fixed = {}, given = {}, target = cpu, plans = 20, written, onProgress }: SearchOptions,
+  { profile, fixed = {}, given = {}, target: kernels = cpu, plans = 20, written, onProgress }: SearchOptions,
 ): SearchResult {
+  const target = remembering(kernels);
   const memory = deviceOf(job.cluster.device).memory;
   const base = forecastBase(job, profile);
   const all = [...choicesOf(job, fixed)].map((choice) => ({ choice, ...forecast(base, choice) }));
@@ -130,7 +131,7 @@ export function search(
     sizes.add(choice, peak / bytes);
     if (peak > memory) tooLarge.push({ choice, peak });
     else {
-      const result = { choice, ...timed(candidate, profile, target) };
+      const result = { choice, ...timed(candidate, peak, { profile, target }) };
       judged.push(result);
       ratios.push(result.seconds / seconds);
     }
@@ -139,11 +140,21 @@ export function search(
   return {
     best: judged.sort((a, b) => a.seconds - b.seconds),
     tooLarge: tooLarge.sort((a, b) => a.peak - b.peak),
-    ...(written && firstError(written) === undefined && { written: timed(written, profile, target) }),
+    ...(written && firstError(written) === undefined && { written: timed(written, peakOf(written, target).bytes, { profile, target }) }),
     ...{ choices: all.length, memory },
     ...(judged.length === 0 && { conflict: conflictOf(job, { profile, target, fixed, given }) }),
     ruledOut: [...ruledOut].map(([reason, choices]) => ({ reason, choices })).sort((a, b) => b.choices - a.choices),
   };
+}
+
+/** Returns the target with its kernels generated once for each spec: choices share most of them. */
+function remembering(target: Target): Target {
+  const known = new Map<string, GeneratedKernel | undefined>();
+  const generate: Target["generate"] = (spec) => {
+    if (!known.has(spec.name)) known.set(spec.name, target.generate(spec));
+    return known.get(spec.name);
+  };
+  return { ...target, generate };
 }
 
 /** Exact sizes over forecast ones: they correct the forecasts of other choices, first of those that recompute and batch alike. */
@@ -188,13 +199,12 @@ function firstError(job: Job): string | undefined {
   return undefined;
 }
 
-function timed(job: Job, profile: DeviceProfile, target: Target): TimedPlan {
-  const { plan } = compile(job, { target });
-  const result = estimate(plan, { profile });
+function timed(job: Job, peak: number, options: JobEstimateOptions): TimedPlan {
+  const result = estimateJob(job, options);
   const busiest = result.stages.find(({ stage }) => stage === result.busiest) ?? result.stages[0];
   return {
     ...{ seconds: result.seconds, tokens_per_second: result.tokens_per_second, model_flops_per_second: result.model_flops_per_second },
-    ...{ peak: Math.max(...plan.memory.map((m) => m.peak)), parts: busiest ? partsOf(busiest.parts) : {} },
+    ...{ peak, parts: busiest ? partsOf(busiest.parts) : {} },
   };
 }
 

@@ -67,7 +67,11 @@ export interface Estimate {
 
 /** Estimates a step of a plan on the device of a profile. Takes less than a second for thousands of ranks. */
 export function estimate(plan: Plan, { profile, imbalance = 1, assumed = {} }: EstimateOptions): Estimate {
-  const simulation = simulate(plan, { profile, imbalance, assumed });
+  return estimateOf(plan, simulate(plan, { profile, imbalance, assumed }), profile);
+}
+
+/** Returns the estimate of a simulated step. */
+export function estimateOf(plan: Pick<Plan, "job" | "mesh">, simulation: Simulation, profile: DeviceProfile): Estimate {
   const { seconds, stages: simulated } = simulation;
   const stages = simulated.map((stage) => ({
     stage: stage.stage,

@@ -38,6 +38,15 @@ export interface Simulation {
   readonly stages: readonly SimulatedStage[];
 }
 
+/** What is simulated of a stage. Stages with equal blocks may share one list, whose messages then name the peers of another stage. */
+export interface StageBlocks {
+  readonly stage: number;
+  readonly order: readonly BlockRun[];
+  readonly blocks: readonly TimedBlock[];
+  /** Returns the peer of this stage for a peer that the blocks name; default: that one. */
+  readonly peerOf?: (named: number) => number;
+}
+
 /** A message on its way: when its sender was ready, and how long it travels. */
 interface Message {
   readonly ready: number;
@@ -66,16 +75,22 @@ class Mail {
   }
 }
 
+/** The runs of each block that were simulated, by the communication that earlier blocks left. */
+type Replays = Map<TimedBlock, Map<string, BlockRunTimes>>;
+
 /** A stage while it is simulated. */
 class StageRun {
   readonly stage: number;
   readonly #blocks: readonly TimedBlock[];
   readonly #order: readonly BlockRun[];
+  readonly #peerOf: (named: number) => number;
   /** The number of the last microbatch. */
   readonly #last: number;
   readonly #options: TimingOptions;
   readonly #mail: Mail;
-  readonly #replays = new Map<string, BlockRunTimes>();
+  readonly #replays: Replays;
+  /** How often each replay ran. */
+  readonly #counts = new Map<BlockRunTimes, number>();
   readonly runs: SimulatedRun[] = [];
   readonly parts = new PartSums();
   /** Set when all block runs are over: the clock of the step block. */
@@ -83,9 +98,10 @@ class StageRun {
   #clock = 0;
   #pending: readonly PendingWork[] = [];
 
-  constructor(stage: number, blocks: readonly TimedBlock[], order: readonly BlockRun[], options: TimingOptions, mail: Mail) {
-    [this.stage, this.#blocks, this.#order, this.#options, this.#mail] = [stage, blocks, order, options, mail];
-    this.#last = Math.max(...order.map(({ microbatch }) => microbatch));
+  constructor({ stage, blocks, order, peerOf = (peer) => peer }: StageBlocks, options: TimingOptions, mail: Mail, replays: Replays) {
+    [this.stage, this.#blocks, this.#order, this.#peerOf] = [stage, blocks, order, peerOf];
+    [this.#options, this.#mail, this.#replays] = [options, mail, replays];
+    this.#last = order.reduce((last, { microbatch }) => Math.max(last, microbatch), 0);
   }
 
   get blocks(): readonly TimedBlock[] {
@@ -99,17 +115,20 @@ class StageRun {
     if (this.runs.length === this.#order.length && !this.step) {
       const block = this.#blocks.find(({ kind }) => kind === "step");
       invariant(block !== undefined, () => `stage ${this.stage} has no step block`);
+      for (const [{ parts }, times] of this.#counts) this.parts.addAll(parts, times);
       const clock = new StageClock(this.parts, this.#clock, this.#pending);
-      this.step = new StepRun(this.stage, block, clock, this.#mail);
+      this.step = new StepRun({ stage: this.stage, peerOf: this.#peerOf, block, clock, mail: this.#mail });
       return true;
     }
     return this.runs.length > before;
   }
 
   #start(run: BlockRun): boolean {
-    const blocks = this.#blocks.filter(({ kind, chunk }) => kind === run.kind && chunk === run.chunk);
     // those of the first and of the last microbatch stand before the others
-    const block = blocks.find(({ isFirst, isLast }) => (!isFirst || run.microbatch === 0) && (!isLast || run.microbatch === this.#last));
+    const block = this.#blocks.find(
+      ({ kind, chunk, isFirst, isLast }) =>
+        kind === run.kind && chunk === run.chunk && (!isFirst || run.microbatch === 0) && (!isLast || run.microbatch === this.#last),
+    );
     if (!block) {
       // a block without instructions takes no time
       const empty: TimedBlock = { kind: run.kind, chunk: run.chunk, isFirst: false, isLast: false, instructions: [], launches: 0 };
@@ -120,8 +139,9 @@ class StageRun {
     const times = this.#replay(block);
     let [transfer, idle, travelling] = [0, 0, 0];
     const received = new Map<string, number>();
-    for (const { kind, peer, channel, ready, seconds } of times.messages) {
+    for (const { kind, peer: named, channel, ready, seconds } of times.messages) {
       if (kind !== "recv") continue;
+      const peer = this.#peerOf(named);
       const key = `${peer} ${channel}`;
       const ahead = received.get(key) ?? 0;
       received.set(key, ahead + 1);
@@ -136,11 +156,13 @@ class StageRun {
       if (wait > transfer + idle) [idle, transfer] = [ofPeer, wait - ofPeer];
     }
     const start = this.#clock + transfer + idle;
-    for (const { kind, peer, channel, ready, seconds } of times.messages)
+    for (const { kind, peer: named, channel, ready, seconds } of times.messages) {
+      const peer = this.#peerOf(named);
       if (kind === "recv") this.#mail.receive(peer, this.stage, channel);
       else this.#mail.send(this.stage, peer, channel, { ready: start + ready, seconds });
+    }
     const end = start + times.seconds;
-    this.parts.addAll(times.parts);
+    this.#counts.set(times, (this.#counts.get(times) ?? 0) + 1);
     const transfers = transfersOf(block);
     this.parts.addExposed("pp", transfer, transfers);
     if (transfers) this.parts.addHidden(transfers, activities.earlierBlocks, travelling - transfer);
@@ -156,14 +178,16 @@ class StageRun {
     const pending = this.#pending
       .filter(({ end }) => end > this.#clock)
       .map((p) => ({ ...p, start: p.start - this.#clock, end: p.end - this.#clock }));
-    const key = `${block.kind} ${block.chunk} ${block.isFirst} ${block.isLast} ${pending.map(({ stream, id, axes, end }) => `${stream}/${id}/${axes}/${end.toFixed(9)}`).join()}`;
-    const known = this.#replays.get(key);
+    const own = this.#replays.get(block) ?? new Map<string, BlockRunTimes>();
+    this.#replays.set(block, own);
+    const key = pending.map(({ stream, id, axes, end }) => `${stream}/${id}/${axes}/${end.toFixed(9)}`).join();
+    const known = own.get(key);
     if (known) return known;
     const { assumed, profile } = this.#options;
     const { host_us, host_ahead_us = host_us } = profile.kernels;
     const hostSeconds = assumed?.captured ? 0 : 1e-6 * (assumed?.runsAhead ? host_ahead_us : host_us);
     const times = runBlock(block, pending, hostSeconds);
-    this.#replays.set(key, times);
+    own.set(key, times);
     return times;
   }
 }
@@ -172,17 +196,25 @@ class StageRun {
 const transfersOf = ({ instructions }: TimedBlock): CommunicationClass | undefined =>
   instructions.find(({ instruction }) => instruction.kind === "recv")?.communication;
 
+/** What the step block of a stage needs. */
+interface StepParts extends Pick<StepRun, "block" | "clock"> {
+  readonly stage: number;
+  readonly peerOf: (named: number) => number;
+  readonly mail: Mail;
+}
+
 /** The step block of a stage while it is simulated. */
 class StepRun {
   readonly block: TimedBlock;
   readonly times: Float64Array;
   readonly clock: StageClock;
   readonly #stage: number;
+  readonly #peerOf: (named: number) => number;
   readonly #mail: Mail;
   #next = 0;
 
-  constructor(stage: number, block: TimedBlock, clock: StageClock, mail: Mail) {
-    [this.#stage, this.block, this.clock, this.#mail] = [stage, block, clock, mail];
+  constructor({ stage, peerOf, block, clock, mail }: StepParts) {
+    [this.#stage, this.#peerOf, this.block, this.clock, this.#mail] = [stage, peerOf, block, clock, mail];
     this.times = new Float64Array(2 * block.instructions.length);
   }
 
@@ -208,7 +240,7 @@ class StepRun {
       } else
         this.#done(
           runInstruction(this.clock, i, ({ peer, channel, ready, seconds }) =>
-            this.#mail.send(this.#stage, peer, channel, { ready, seconds }),
+            this.#mail.send(this.#stage, this.#peerOf(peer), channel, { ready, seconds }),
           ),
         );
     }
@@ -228,9 +260,10 @@ class StepRun {
   #receive(i: TimedInstruction): boolean {
     const { instruction } = i;
     if (instruction.kind !== "recv") return false;
-    const message = this.#mail.peek(instruction.peer, this.#stage, instruction.channel);
+    const peer = this.#peerOf(instruction.peer);
+    const message = this.#mail.peek(peer, this.#stage, instruction.channel);
     if (!message) return false;
-    this.#mail.receive(instruction.peer, this.#stage, instruction.channel);
+    this.#mail.receive(peer, this.#stage, instruction.channel);
     const ready = this.clock.readyAt(i, i.stream);
     const start = Math.max(ready, message.ready);
     this.clock.add({ ...i, axes: "pp", start, end: start + i.seconds, late: start - ready });
@@ -245,15 +278,18 @@ class StepRun {
   }
 }
 
-/**
- * Simulates a step of a plan. `timer` times the blocks of a stage. Throws an invariant if the stages wait for each other for ever: `verify` excludes
- * such plans.
- */
-export function simulate(plan: Plan, options: TimingOptions, timer = blockTimer(plan, options)): Simulation {
-  const mail = new Mail();
-  const all = stagesOf(plan).map(
-    ({ program, memory }) => new StageRun(program.stage, timer(program, memory), program.order, options, mail),
+/** Simulates a step of a plan. `timer` times the blocks of a stage. */
+export const simulate = (plan: Plan, options: TimingOptions, timer = blockTimer(plan, options)): Simulation =>
+  simulateStages(
+    stagesOf(plan).map(({ program, memory }) => ({ stage: program.stage, order: program.order, blocks: timer(program, memory) })),
+    options,
   );
+
+/** Simulates a step of stages. Throws an invariant if they wait for each other for ever: `verify` excludes such plans. */
+export function simulateStages(stages: readonly StageBlocks[], options: TimingOptions): Simulation {
+  const mail = new Mail();
+  const replays: Replays = new Map();
+  const all = stages.map((stage) => new StageRun(stage, options, mail, replays));
   for (let moved = true; moved; ) {
     moved = false;
     for (const stage of all) moved = (stage.step ? stage.step.advance() : stage.advance()) || moved;

@@ -39,13 +39,15 @@ export class PartSums implements TimeParts {
     this.hiddenUnder.set(by, own);
     own.set(activity, (own.get(activity) ?? 0) + seconds);
   }
-  addAll(parts: TimeParts): void {
-    for (const [part, seconds] of Object.entries(parts.kernels) as [KernelPart, number][]) this.kernels[part] += seconds;
-    for (const [axes, seconds] of parts.exposed) this.addExposed(axes, seconds);
-    for (const [by, seconds] of parts.exposedBy) this.exposedBy.set(by, (this.exposedBy.get(by) ?? 0) + seconds);
-    for (const [by, activities] of parts.hiddenUnder) for (const [activity, seconds] of activities) this.addHidden(by, activity, seconds);
-    this.launches += parts.launches;
-    this.bubble += parts.bubble;
+  /** Adds parts that ran so many times. */
+  addAll(parts: TimeParts, times: number): void {
+    for (const [part, seconds] of Object.entries(parts.kernels) as [KernelPart, number][]) this.kernels[part] += times * seconds;
+    for (const [axes, seconds] of parts.exposed) this.addExposed(axes, times * seconds);
+    for (const [by, seconds] of parts.exposedBy) this.exposedBy.set(by, (this.exposedBy.get(by) ?? 0) + times * seconds);
+    for (const [by, activities] of parts.hiddenUnder)
+      for (const [activity, seconds] of activities) this.addHidden(by, activity, times * seconds);
+    this.launches += times * parts.launches;
+    this.bubble += times * parts.bubble;
   }
   get total(): number {
     return sumOfParts(this);

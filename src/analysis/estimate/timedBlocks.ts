@@ -112,7 +112,7 @@ const arenas = ["parameter", "gradient", "optimizer", "activation", "workspace"]
 
 /** Returns a function that times the blocks of a stage. It times equal kernels once over all stages. */
 export function blockTimer(
-  plan: Plan,
+  plan: Pick<Plan, "job" | "mesh" | "kernels">,
   { profile, imbalance, assumed = {} }: TimingOptions,
 ): (program: Program, memory: Memory) => TimedBlock[] {
   const kernels = new KernelTimes(profile);
@@ -247,7 +247,7 @@ const isOfExperts = (i: Compute, buffers: BufferTable): boolean =>
   });
 
 /** Returns whether any rank of a stage is on another node than its peer: the slowest message decides. */
-function crosses({ mesh }: Plan, stage: number, peer: number): boolean {
+export function crosses({ mesh }: Pick<Plan, "mesh">, stage: number, peer: number): boolean {
   const nodeOf = (of: number, n: number): number => Math.floor(rankAt(mesh, of, n) / mesh.gpus_per_node);
   for (let n = 0; n < mesh.per_stage; n++) if (nodeOf(stage, n) !== nodeOf(peer, n)) return true;
   return false;
