@@ -11,6 +11,8 @@ interface SearchArguments extends CommonOptions {
   readonly fix: readonly string[];
   readonly top: number;
   readonly plans: number;
+  /** Bytes. */
+  readonly reserve?: number;
 }
 
 /** Registers `search`: the fastest mesh for a job. */
@@ -28,11 +30,22 @@ export function registerSearch(program: Command): void {
         [],
       )
       .option("--top <n>", "rows of the table", atLeastOne, 10)
-      .option("--plans <n>", "plans to compile at most", atLeastOne, 20),
+      .option("--plans <n>", "plans to estimate at most", atLeastOne, 20)
+      .option(
+        "--reserve <GiB>",
+        "memory of the device that a plan leaves free (default: 3.5, on one rank 0.75: driver and NCCL)",
+        gibibytes,
+      ),
     "search job.yaml",
     "search job.yaml --gpus 64 --device h100-80gb",
     "search job.yaml --fix tensor=1 --top 5 --format json",
   ).action(runSearch);
+}
+
+function gibibytes(text: string): number {
+  const value = Number(text);
+  if (text.trim() === "" || !Number.isFinite(value) || value < 0) throw new InvalidArgumentError("Write GiB, for example 2.5.");
+  return value * 2 ** 30;
 }
 
 function given(text: string, all: readonly string[]): string[] {
@@ -62,7 +75,17 @@ async function runSearch(path: string, options: SearchArguments): Promise<void> 
   const fixed = { ...given, ...fixedKeys(options.fix) };
   const target = (await loadDeviceTargets())(job.cluster.device);
   const print = occasionalProgress();
-  const result = search(job, { profile, fixed, written, target, plans: options.plans, onProgress: (line) => print(`search: ${line}`) });
+  const { plans, reserve } = options;
+  const onProgress = (line: string): void => print(`search: ${line}`);
+  const result = search(job, {
+    profile,
+    fixed,
+    target,
+    plans,
+    onProgress,
+    ...(written && { written }),
+    ...(reserve !== undefined && { reserve }),
+  });
   endProgress();
   if (options.format === "json") {
     const { best, ...rest } = result;

@@ -25,14 +25,14 @@ export function chooseAuto({ job, keys, writes }: AutoRequest, { profile, ...set
     layout: writes.layout || !(keys.includes("pipeline") || keys.includes("virtual_pipeline")),
     distributed_optimizer: true,
   };
-  const { best, tooLarge, ruledOut, choices, memory } = search(job, { ...settings, profile, fixed, given });
+  const { best, tooLarge, ruledOut, choices, memory, reserve } = search(job, { ...settings, profile, fixed, given });
   const [winner] = best;
   const [least] = tooLarge;
   const [rule] = ruledOut;
   if (!winner)
     return {
       found: least
-        ? `nothing fits: the least memory found is ${bytesText(least.peak)}, and ${device} has ${bytesText(memory)}`
+        ? `nothing fits: the least memory found is ${bytesText(least.peak)}, and ${device} has ${bytesText(memory + reserve)}, of which the driver and NCCL need ${bytesText(reserve)}`
         : `none of ${choices} choices is valid${rule ? `: most break ${rule.reason}` : ", because none divides the ranks and the batch"}`,
       fix: "rankc search JOB lists what was ruled out; make more keys auto, or use more ranks",
     };

@@ -9,7 +9,7 @@ import type { Program } from "../../schemas/plan.ts";
 import { instructionsOf } from "../../schemas/program.ts";
 import { type Estimate, estimateOf } from "../analysis/estimate/estimate.ts";
 import { type StageBlocks, simulateStages } from "../analysis/estimate/simulate.ts";
-import { blockTimer, crosses, type TimingOptions } from "../analysis/estimate/timedBlocks.ts";
+import { type Assumptions, blockTimer, crosses, type TimingOptions } from "../analysis/estimate/timedBlocks.ts";
 import { generateKernels } from "../codegen/generateKernels.ts";
 import type { Target } from "../codegen/targets.ts";
 import { invariant } from "../ops/op.ts";
@@ -27,10 +27,12 @@ import { chunkKinds } from "../peakMemory.ts";
 export interface JobEstimateOptions {
   readonly profile: DeviceProfile;
   readonly target: Target;
+  /** What the software of the profile does and a plan does not say; default: nothing. */
+  readonly assumed?: Assumptions;
 }
 
 /** Estimates a step of a job without findings, as `estimate` does for its plan. */
-export function estimateJob(job: Job, { profile, target }: JobEstimateOptions): Estimate {
+export function estimateJob(job: Job, { profile, target, assumed = {} }: JobEstimateOptions): Estimate {
   const mesh = buildMesh(job);
   const sharded = shardJob(job, mesh);
   const order = schedule(job, sharded.pipeline.chunks);
@@ -40,7 +42,7 @@ export function estimateJob(job: Job, { profile, target }: JobEstimateOptions): 
   const few = lowered(new Set(likes));
   const isSampled = few.every((p) => hasNeighboursAlone(p, likes));
   const { programs, kernels } = generateKernels(isSampled ? few : lowered(), mesh, target);
-  const options: TimingOptions = { profile, imbalance: 1 };
+  const options: TimingOptions = { profile, imbalance: 1, assumed };
   const timer = blockTimer({ job, mesh, kernels }, options);
   const known = new Map(programs.map((p) => [p.stage, timer(p, planMemory(p, kernels))]));
   const stages = order.map(({ order: runs }, stage): StageBlocks => {

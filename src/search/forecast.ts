@@ -7,6 +7,7 @@ import { rowsSent } from "../../schemas/experts.ts";
 import type { Job } from "../../schemas/job.ts";
 import { hardwareOf } from "../analysis/estimate/kernelTime.ts";
 import { collectiveSeconds, transferSeconds } from "../analysis/estimate/linkTime.ts";
+import type { Assumptions } from "../analysis/estimate/timedBlocks.ts";
 import type { GroupTopology } from "../analysis/estimate/topology.ts";
 import { memoryForecast } from "../analysis/memoryForecast.ts";
 import { modelFlops } from "../analysis/modelFlops.ts";
@@ -27,13 +28,14 @@ export interface ForecastBase {
   readonly routed: number;
   readonly shared: number;
   readonly flops: number;
+  readonly assumed: Assumptions;
 }
 
 /** Returns what the forecasts of a job share. */
-export function forecastBase(job: Job, profile: DeviceProfile): ForecastBase {
+export function forecastBase(job: Job, profile: DeviceProfile, assumed: Assumptions = {}): ForecastBase {
   const { model } = job;
   const routed = routedCount(model);
-  return { job, profile, routed, shared: parameterCount(model) - routed, flops: modelFlops(model) * job.train.global_batch };
+  return { job, profile, assumed, routed, shared: parameterCount(model) - routed, flops: modelFlops(model) * job.train.global_batch };
 }
 
 /** Share of the peak that large products reach, and the rows at which a product reaches half of that. */
@@ -46,13 +48,27 @@ function groupOf(ranks: number, stride: number, perHost: number): GroupTopology 
   return { ranks, nodes: Math.ceil(ranks / perNode), perNode };
 }
 
+/** Returns on how many nodes the groups of a choice are. */
+export function nodesOf({ job }: ForecastBase, { tensor, context, expert, expert_tensor }: JobChoice) {
+  const nodes = (ranks: number, stride: number): number => groupOf(ranks, stride, job.cluster.gpus_per_node).nodes;
+  return { tensor: nodes(tensor, 1), context: nodes(context, tensor), expert: nodes(expert, expert_tensor) };
+}
+
 /** Forecasts a choice. */
-export function forecast(base: ForecastBase, choice: JobChoice): Forecast {
-  const { job, profile, flops } = base;
+export const forecast = (base: ForecastBase, choice: JobChoice): Forecast => ({
+  seconds: forecastSeconds(base, choice),
+  bytes: memoryForecast(jobWith(base.job, choice)),
+});
+
+/** Forecasts the seconds of a step of a choice. */
+export function forecastSeconds(base: ForecastBase, choice: JobChoice): number {
+  const { job, profile, flops, assumed } = base;
   const { model, train, parallel, cluster } = job;
   const { tensor, pipeline, virtual_pipeline: chunks, context, expert, expert_tensor, micro_batch, recompute } = choice;
   const { world } = parallel;
-  const { links } = profile;
+  const { links, overlap } = profile;
+  /** The share of communication that stays beside what a stack hides. */
+  const shown = (what: "experts" | "data" | "tensor"): number => (assumed.hidden?.includes(what) ? 1 - overlap.hidden[what] : 1);
   const data = world / (tensor * context * pipeline);
   const microbatches = train.global_batch / (micro_batch * data);
   const bytes = train.precision === "fp32" ? 4 : 2;
@@ -71,15 +87,17 @@ export function forecast(base: ForecastBase, choice: JobChoice): Forecast {
 
   const dense = tokens * tensor * model.hidden * bytes;
   const ofTensor = (expert_tensor > 1 || !model.moe ? 8 : 4) * collectiveSeconds(links, "all_gather", dense, topology(tensor, 1));
+  const copies = assumed.sendsPerNode ? model.moe?.top_k : undefined;
   const sent = model.moe ? tokens * rowsSent(model.moe, expert) * width * bytes : 0;
-  const exchange = collectiveSeconds(links, "all_to_all", sent, topology(expert, expert_tensor));
+  const exchange = collectiveSeconds(links, "all_to_all", sent, topology(expert, expert_tensor), copies);
   const gathered = sent * expert_tensor;
   const ofExperts = 4 * exchange + 4 * collectiveSeconds(links, "all_gather", gathered, topology(expert_tensor, 1));
   const keys = 2 * tokens * tensor * model.kv_heads * model.head_dim * bytes;
   const ring = context > 1 ? 1.5 * collectiveSeconds(links, "all_gather", (keys * context) / tensor, topology(context, tensor)) : 0;
   const send =
     pipeline > 1 ? 2 * chunks * transferSeconds(links, tokens * model.hidden * bytes, world / pipeline >= cluster.gpus_per_node) : 0;
-  const micro = compute + layers * (ofTensor + ofExperts + ring) * (recompute === "full" ? 1.4 : 1) + send;
+  const micro =
+    compute + layers * (shown("tensor") * ofTensor + shown("experts") * ofExperts + ring) * (recompute === "full" ? 1.4 : 1) + send;
 
   const [ownShared, ownRouted] = [base.shared / (tensor * pipeline), base.routed / (expert * expert_tensor * pipeline)];
   const [replicas, expertReplicas] = [data * context, world / (pipeline * expert * expert_tensor)];
@@ -87,7 +105,5 @@ export function forecast(base: ForecastBase, choice: JobChoice): Forecast {
     collectiveSeconds(links, "reduce_scatter", 4 * count, topology(ranks, stride)) +
     collectiveSeconds(links, "all_gather", bytes * count, topology(ranks, stride));
   const step = reduce(ownShared, replicas, tensor) + reduce(ownRouted, expertReplicas, expert * expert_tensor);
-  const seconds = micro * (microbatches + (pipeline - 1) / chunks) + step;
-
-  return { seconds, bytes: memoryForecast(jobWith(job, choice)) };
+  return micro * (microbatches + (pipeline - 1) / chunks) + shown("data") * step;
 }

@@ -3,6 +3,7 @@ import type { Job } from "../../schemas/job.ts";
 import { bold, type Column, fitTable, wrap } from "../report/textLayout.ts";
 import { bytesText, countText, plural, rateText, secondsText } from "../units.ts";
 import { type FixedKeys, settingsOf } from "./choice.ts";
+import type { KeyChange } from "./fromWritten.ts";
 import { alternativesOf, type Candidate, frontOf, type SearchResult, type TooLarge } from "./search.ts";
 
 const columns: readonly Column[] = [
@@ -49,6 +50,7 @@ export function printSearch(
       ...fitTable(columns, best.slice(0, top).map(rowOf), { width }),
       ...(written ? [`  as written: ${secondsText(written.seconds)}, ${bytesText(written.peak)}`] : []),
       ...whyLines(best, width),
+      ...writtenLines(result, width),
       ...frontLines(best, width),
       "",
       ...wrap(
@@ -76,6 +78,24 @@ function whyLines(best: readonly Candidate[], width: number): string[] {
   return lines.length === 0 ? [] : ["", bold("why the first"), ...lines.flatMap((line) => wrap(line, width, "    "))];
 }
 
+/** Says what leads from the job as written to the best choice, one change after another. */
+function writtenLines({ written, fromWritten = [] }: SearchResult, width: number): string[] {
+  if (!written || fromWritten.length === 0) return [];
+  const text = (key: KeyChange["key"], value: KeyChange["from"]): string =>
+    key === "recompute" && value === "job" ? "as written" : `${value}`;
+  const lines = fromWritten.map(({ changes, seconds, saved, peak, part, reason }) => {
+    const what =
+      changes.map(({ key, from, to }) => `${key} ${text(key, from)} -> ${text(key, to)}`).join(", ") || "layout and sequence as above";
+    const change = `${secondsText(Math.abs(saved))} ${saved >= 0 ? "less" : "more"}`;
+    const why = [
+      ...(Math.abs(part.saved) > 0 ? [`${secondsText(Math.abs(part.saved))} ${part.saved >= 0 ? "less" : "more"} of ${part.name}`] : []),
+      ...(reason === undefined ? [] : [reason]),
+    ].join("; ");
+    return `  ${what}: ${secondsText(seconds)} (${change}), ${bytesText(peak)}${why && `: ${why}`}`;
+  });
+  return ["", bold("from the job as written to the first"), ...lines.flatMap((line) => wrap(line, width, "    "))];
+}
+
 function frontLines(best: readonly Candidate[], width: number): string[] {
   const front = frontOf(best);
   if (front.length < 2) return [];
@@ -83,9 +103,9 @@ function frontLines(best: readonly Candidate[], width: number): string[] {
 }
 
 /** Says how much memory is missing, which given keys conflict, and what would fit. */
-function nothingFits({ tooLarge, memory, conflict }: SearchResult, fixed: FixedKeys, width: number): string[] {
+function nothingFits({ tooLarge, memory, reserve, conflict }: SearchResult, fixed: FixedKeys, width: number): string[] {
   const [least] = tooLarge;
-  const lack = `the least memory found is ${bytesText(least?.peak ?? 0)}, and the device has ${bytesText(memory)}`;
+  const lack = `the least memory found is ${bytesText(least?.peak ?? 0)}, and the device has ${bytesText(memory + reserve)}, of which the driver and NCCL need ${bytesText(reserve)}`;
   const lines = wrap(least ? `  nothing fits: ${lack}` : "  no choice is valid; the rules that exclude them are below", width, "  ");
   if (least) lines.push(...fitTable(columns, tooLarge.slice(0, 3).map(sizesOf), { width }));
   const textOf = (key: keyof FixedKeys): string => `--fix ${key}=${fixed[key]}`;

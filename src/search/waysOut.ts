@@ -1,6 +1,5 @@
 /** Where no choice fits: which given keys conflict with each other and the device, and what would fit. */
 import type { DeviceProfile } from "../../schemas/deviceProfile.ts";
-import { deviceOf } from "../../schemas/devices.ts";
 import type { Job } from "../../schemas/job.ts";
 import type { Target } from "../codegen/targets.ts";
 import { peakOf } from "../rules/all.ts";
@@ -14,6 +13,8 @@ export interface ConflictSettings {
   readonly target: Target;
   readonly fixed: FixedKeys;
   readonly given: KeptKeys;
+  /** Bytes that a plan may take. */
+  readonly memory: number;
 }
 
 /** A choice that fits after a change. */
@@ -63,8 +64,7 @@ export function conflictOf(job: Job, settings: ConflictSettings): Conflict {
 }
 
 /** Returns a choice that fits: the first of those with the least memory by forecast. */
-function fittingChoice(job: Job, { profile, target, given }: ConflictSettings, fixed: FixedKeys) {
-  const { memory } = deviceOf(job.cluster.device);
+function fittingChoice(job: Job, { profile, target, given, memory }: ConflictSettings, fixed: FixedKeys) {
   const base = forecastBase(job, profile);
   const all = [...choicesOf(job, fixed)].map((choice) => ({ choice, bytes: forecast(base, choice).bytes }));
   let tried = 0;

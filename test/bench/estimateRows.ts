@@ -3,8 +3,9 @@ import { readFileSync } from "node:fs";
 import { parse, stringify } from "yaml";
 import type { Job } from "../../schemas/job.ts";
 import type { Plan } from "../../schemas/plan.ts";
-import { type Estimate, estimate } from "../../src/analysis/estimate/estimate.ts";
+import { type Estimate, type EstimateOptions, estimate } from "../../src/analysis/estimate/estimate.ts";
 import { packageProfile } from "../../src/analysis/estimate/profiles.ts";
+import type { Assumptions } from "../../src/analysis/estimate/timedBlocks.ts";
 import { loadDeviceTargets } from "../../src/codegen/targets.ts";
 import { compile } from "../../src/compile.ts";
 import { readJob } from "../../src/frontend/readJobNow.ts";
@@ -95,18 +96,21 @@ export function memoryOfRow(row: PublishedRow): number {
   return bytes;
 }
 
-/** Estimates a row by the profile of its device and stack. */
-export async function estimateRow(row: PublishedRow): Promise<Estimate> {
+/** The profile of the device and stack of a row, and what the stack does and a plan does not say. */
+export function stackOfRow(row: PublishedRow): Pick<EstimateOptions, "profile"> & { readonly assumed: Assumptions } {
   const name = `${deviceOfRow(row)}.${row.stack}`;
   const profile = packageProfile(name);
   if (!profile) throw new Error(`there is no profile ${name}`);
   const hidden = (["experts", "data", "tensor"] as const).filter((what) => row.hidden?.split(" ").includes(what));
-  return estimate(await planOfRow(row), {
+  return {
     profile,
     assumed: {
       // DeepEP and HybridEP need no count on the host, which runs ahead; the all-to-all of Megatron waits for one in each layer
       ...{ sendsPerNode: row.dispatcher === "per_node", runsAhead: row.dispatcher === "per_node" },
       ...{ captured: row.graphs === "yes", hidden },
     },
-  });
+  };
 }
+
+/** Estimates a row by the profile of its device and stack. */
+export const estimateRow = async (row: PublishedRow): Promise<Estimate> => estimate(await planOfRow(row), stackOfRow(row));

@@ -7,6 +7,7 @@ import { afterAll, expect, test } from "vitest";
 import { type Device, deviceNames } from "../../schemas/devices.ts";
 import type { Job } from "../../schemas/job.ts";
 import { Trouble } from "../../schemas/trouble.ts";
+import { packageProfile } from "../../src/analysis/estimate/profiles.ts";
 import { memoryForecast } from "../../src/analysis/memoryForecast.ts";
 import { askSettings } from "../../src/cli/initPrompts.ts";
 import { loadTarget } from "../../src/codegen/targets.ts";
@@ -15,6 +16,9 @@ import { type ModelName, modelNames } from "../../src/convert/presets/models.ts"
 import { fewestGpus, presetJob } from "../../src/convert/presets/presetJob.ts";
 import { readQuickly } from "../../src/frontend/readJob.ts";
 import { peakOf } from "../../src/rules/all.ts";
+import { jobRules } from "../../src/rules/jobRules.ts";
+import { choicesOf, jobWith } from "../../src/search/choice.ts";
+import { forecast, forecastBase } from "../../src/search/forecast.ts";
 import { root } from "../support/checkout.ts";
 import { rankc } from "../support/rankc.ts";
 import { byTier, isFull } from "../support/tiers.ts";
@@ -120,7 +124,7 @@ test.each([
 test("the text is commented, in the order of the schema, and has the schema line", () => {
   expect(write("qwen3-30b-a3b", 16, "h200-141gb")).toMatchInlineSnapshot(`
     "# yaml-language-server: $schema=schemas/job.schema.json
-    # Qwen3 30B-A3B, on 16 x h200-141gb. Written by rankc init; the mesh follows rules of thumb.
+    # Qwen3 30B-A3B, on 16 x h200-141gb. Written by rankc init; the mesh is the first that rankc search would try.
     # rankc check prints what is wrong with a change, rankc inspect shows memory, traffic and schedule.
     name: qwen3-30b-a3b
 
@@ -141,11 +145,11 @@ test("the text is commented, in the order of the schema, and has the schema line
         top_k: 8 # experts that each token is sent to
         ffn: 768 # inner width of one expert
         router: {precision: fp32, aux_coeff: 0.001}
-        rows_bound: 1.5 # memory for 1.5 times the balanced load; a step that needs more ends the run
 
     parallel:
-      world: 16 # ranks, one GPU each: tensor 1 x pipeline 1 x data 16
-      expert: 4 # ranks over which experts are spread: 32 on each
+      world: 16 # ranks, one GPU each: tensor 1 x pipeline 4 x data 4
+      pipeline: 4 # stages, each with a part of the layers
+      virtual_pipeline: 2 # chunks of layers in each stage: less idle time
       distributed_optimizer: true # main weights and moments are sharded over the data ranks
 
     train:
@@ -233,4 +237,19 @@ test("at a terminal the questions are model, device and GPUs; the escape key end
   const given = terminal([["Which model?", "\r"]]);
   expect(await askSettings({ ...nothing, device: "cpu", gpus: 2 }, given)).toEqual({ model: "tiny-llama", device: "cpu", gpus: 2 });
   expect(await askSettings(nothing, terminal([["Which model?", "\u0003"]]))).toBeUndefined();
+});
+
+test("init writes the choice that a search forecasts to be the fastest of those that fit and break no rule", () => {
+  const { job } = read(write("qwen3-8b", 16, "h100-80gb"));
+  if (!job) throw new Error("the job is invalid");
+  const profile = packageProfile("h100-80gb");
+  if (!profile) throw new Error("there is no profile of the H100");
+  const { tensor, pipeline, virtual_pipeline } = job.parallel;
+  const base = forecastBase(job, profile);
+  const order = [...choicesOf(job, { context: 1, micro_batch: 1, expert_tensor: 1 })]
+    .map((choice) => ({ choice, ...forecast(base, choice) }))
+    .filter(({ bytes }) => bytes <= 0.85 * 80 * 2 ** 30)
+    .sort((a, b) => a.seconds - b.seconds);
+  const first = order.find(({ choice }) => jobRules.every((rule) => [...rule.check(jobWith(job, choice))].length === 0));
+  expect(first?.choice).toMatchObject({ tensor, pipeline, virtual_pipeline });
 });

@@ -72,7 +72,9 @@ test("where nothing fits, the least memory, the given keys and the ways out are 
   const result = search(big, { profile, fixed: { recompute: "full" }, plans: 2 });
   expect(result.best).toEqual([]);
   const printed = printSearch(big, result, { top: 3, width: 80, fixed: { recompute: "full" } }).join("\n");
-  expect(printed).toMatch(/nothing fits: the least memory found is 1\d\d(\.\d)? GiB, and the device has 80/);
+  expect(printed.replace(/\s+/g, " ")).toMatch(
+    /nothing fits: the least memory found is 1\d\d(\.\d)? GiB, and the device has 80\.0 GiB, of which the driver and NCCL need 768\.0 MiB/,
+  );
   // eight layers of 8,192 need more than one device, whatever is recomputed
   expect(result.conflict?.keys).toEqual([]);
   expect(printed).toMatch(/fits on [248] ranks \(--gpus [248]\): \d+(\.\d)? GiB/);
@@ -108,4 +110,49 @@ test("the command prints a table or JSON, and refuses unknown keys and devices w
   expect((await rankc("search", path, "--fix", "speed=1", "--device", "h100-80gb")).err).toContain("search does not choose speed");
   expect((await rankc("search", path)).err).toContain("cpu has no device profile");
   expect((await rankc("search", path, "--device", "h9000")).err).toContain("there is no device h9000");
+});
+
+test("where the best beats the job as written, the changes that lead to it add up, and name groups that no longer cross nodes", () => {
+  const written = {
+    ...job,
+    parallel: { ...job.parallel, world: 8, data: 8, expert: 8, distributed_optimizer: true },
+    cluster: { ...job.cluster, gpus_per_node: 2, nodes: 4 },
+  };
+  const start = { ...written, parallel: { ...written.parallel, expert: 1 } };
+  const fixed = { micro_batch: 1, context: 1, recompute: "none", tensor: 1, pipeline: 1 } as const;
+  const result = search(start, { profile, fixed, written });
+  const [best] = result.best;
+  const steps = result.fromWritten ?? [];
+  if (!best || !result.written) throw new Error("nothing was found");
+  expect(best.choice.expert).toBeLessThan(8);
+  expect(steps.at(-1)).toMatchObject({
+    changes: [{ key: "expert", from: 8, to: best.choice.expert }],
+    seconds: best.seconds,
+    peak: best.peak,
+  });
+  expect(steps.reduce((sum, { saved }) => sum + saved, 0)).toBeCloseTo(result.written.seconds - best.seconds, 9);
+  expect(steps.at(-1)?.part).toMatchObject({ name: "waits for ep" });
+  const printed = printSearch(start, result, { top: 3, width: 80, fixed }).join("\n").replace(/\s+/g, " ");
+  expect(printed).toContain("from the job as written to the first");
+  expect(printed).toMatch(/expert 8 -> \d: .* less of waits for ep; expert groups of \d are inside a node, those of 8 on 4 nodes/);
+});
+
+test("software that sends rows once to a node and hides them makes groups over nodes cheaper, in the forecast and in the estimate", () => {
+  const over = { ...job, parallel: { ...job.parallel, world: 8, data: 8 }, cluster: { ...job.cluster, gpus_per_node: 2, nodes: 4 } };
+  const fixed = { micro_batch: 1, context: 1, recompute: "none", tensor: 1, pipeline: 1, expert: 8 } as const;
+  const stack = packageProfile("h100-80gb.megatron");
+  if (!stack) throw new Error("there is no profile of Megatron on the H100");
+  const [plain] = search(over, { profile: stack, fixed }).best;
+  const [assumed] = search(over, { profile: stack, fixed, assumed: { sendsPerNode: true, hidden: ["experts"] } }).best;
+  expect(assumed?.choice).toEqual(plain?.choice);
+  expect(assumed?.parts["waits for ep"]).toBeLessThan(plain?.parts["waits for ep"] ?? 0);
+});
+
+test("a plan leaves the device what the driver and NCCL need", () => {
+  const fixed = { micro_batch: 1, context: 1, recompute: "none", virtual_pipeline: 1, tensor: 1, pipeline: 1 } as const;
+  const [best] = search(job, { profile, fixed }).best;
+  const reserve = 80 * 2 ** 30 - (best?.peak ?? 0) + 1;
+  const tight = search(job, { profile, fixed, reserve });
+  expect(tight.best.every(({ peak }) => peak < (best?.peak ?? 0))).toBe(true);
+  expect(tight.memory + tight.reserve).toBe(80 * 2 ** 30);
 });

@@ -87,7 +87,7 @@ export function presetJob(settings: PresetSettings): string {
   const written = flatten(withChoice(draft, choice, settings), "", job);
   const keys = written.map(({ key, value }): CommentedKey => ({ key, value, comment: comments[key] ?? "", isKept: chosen.has(key) }));
   const notes = [
-    `${label}, on ${gpus} x ${device}. Written by rankc init; the mesh follows rules of thumb.`,
+    `${label}, on ${gpus} x ${device}. Written by rankc init; the mesh is the first that rankc search would try.`,
     "rankc check prints what is wrong with a change, rankc inspect shows memory, traffic and schedule.",
   ];
   return writeJob(keys, notes, settings.schema).text;
