@@ -81,7 +81,7 @@ const GIB = 2 ** 30;
  * Returns the bytes of a device that no plan can have: driver, context and code, and beside several ranks the buffers of NCCL. Measured on H200:
  * 0.5 GiB on one, 2 to 3 GiB more on two (test/results/cuda-host-2026-11-30.md).
  */
-export const reserveOf = (ranks: number): number => (ranks === 1 ? 0.75 * GIB : 3.5 * GIB);
+const reserveOf = (ranks: number): number => (ranks === 1 ? 0.75 * GIB : 3.5 * GIB);
 
 /** Choices of one mesh that are compiled at most: their forecasts differ little. */
 const PER_MESH = 3;
