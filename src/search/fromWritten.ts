@@ -7,7 +7,7 @@ import { type ForecastBase, forecast, nodesOf } from "./forecast.ts";
 import { firstError, type TimedPlan, timedPlan } from "./timedPlan.ts";
 
 /** The change of a key. */
-export interface KeyChange {
+export interface ChoiceChange {
   readonly key: SearchedKey;
   readonly from: number | string;
   readonly to: number | string;
@@ -16,7 +16,7 @@ export interface KeyChange {
 /** One step from the job as written to the best choice. */
 export interface ChangeStep extends TimedPlan {
   /** Keys that change together, because rules allow none of them alone; none: the layout and other keys that follow from a choice. */
-  readonly changes: readonly KeyChange[];
+  readonly changes: readonly ChoiceChange[];
   /** Seconds that the step saves; negative if it costs time and a later one pays for it. */
   readonly saved: number;
   /** The part of the step's time that changes most, and by how much it is shorter. */
@@ -50,7 +50,7 @@ export function stepsFrom(job: Job, written: TimedPlan, best: JobChoice, setting
   const { base, given, ...options } = settings;
   const steps: ChangeStep[] = [];
   let [at, before] = [choiceOfJob(job), written];
-  const take = (changes: readonly KeyChange[], next: JobChoice): void => {
+  const take = (changes: readonly ChoiceChange[], next: JobChoice): void => {
     const candidate = jobWith(job, next, given);
     const timed = timedPlan(estimateJob(candidate, options), peakOf(candidate, options.target).bytes);
     const saved = before.seconds - timed.seconds;

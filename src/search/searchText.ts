@@ -3,7 +3,7 @@ import type { Job } from "../../schemas/job.ts";
 import { bold, type Column, fitTable, wrap } from "../report/textLayout.ts";
 import { bytesText, countText, plural, rateText, secondsText } from "../units.ts";
 import { type FixedKeys, settingsOf } from "./choice.ts";
-import type { KeyChange } from "./fromWritten.ts";
+import type { ChoiceChange } from "./fromWritten.ts";
 import { alternativesOf, type Candidate, frontOf, type SearchResult, type TooLarge } from "./search.ts";
 
 const columns: readonly Column[] = [
@@ -81,7 +81,7 @@ function whyLines(best: readonly Candidate[], width: number): string[] {
 /** Says what leads from the job as written to the best choice, one change after another. */
 function writtenLines({ written, fromWritten = [] }: SearchResult, width: number): string[] {
   if (!written || fromWritten.length === 0) return [];
-  const text = (key: KeyChange["key"], value: KeyChange["from"]): string =>
+  const text = (key: ChoiceChange["key"], value: ChoiceChange["from"]): string =>
     key === "recompute" && value === "job" ? "as written" : `${value}`;
   const lines = fromWritten.map(({ changes, seconds, saved, peak, part, reason }) => {
     const what =
