@@ -87,7 +87,7 @@ export function forecastSeconds(base: ForecastBase, choice: JobChoice): number {
 
   const dense = tokens * tensor * model.hidden * bytes;
   const ofTensor = (expert_tensor > 1 || !model.moe ? 8 : 4) * collectiveSeconds(links, "all_gather", dense, topology(tensor, 1));
-  const copies = assumed.sendsPerNode ? model.moe?.top_k : undefined;
+  const copies = model.moe && assumed.sendsPerNode ? { experts: model.moe.top_k, rows: rowsSent(model.moe, expert) } : undefined;
   const sent = model.moe ? tokens * rowsSent(model.moe, expert) * width * bytes : 0;
   const exchange = collectiveSeconds(links, "all_to_all", sent, topology(expert, expert_tensor), copies);
   const gathered = sent * expert_tensor;
