@@ -29,4 +29,7 @@ export { inspectPlan } from "./report/inspect.ts";
 export { inspectRank } from "./report/inspectRank.ts";
 export { printInspect } from "./report/inspectText.ts";
 export { printPlanText } from "./report/planText.ts";
+export { settingsOf as searchSettings } from "./search/choice.ts";
+export { type AutoOptions, readJobAuto } from "./search/readJobAuto.ts";
+export { type SearchOptions, type SearchResult, search } from "./search/search.ts";
 export { version } from "./version.ts";

@@ -8,7 +8,7 @@ import { type JobRead, readQuickly } from "./readJob.ts";
 
 const unresolved = {
   found: "this way of reading a job does not search",
-  fix: "rankc check --print writes the job with the values of auto",
+  fix: "call readJobAuto of the library, which chooses the values of auto, or write those that rankc check --print prints",
 };
 
 /** Returns the target of a device, whose kernel scratch rule C510 counts. */

@@ -8,6 +8,7 @@ import { packageProfile } from "../../src/analysis/estimate/profiles.ts";
 import { readQuickly } from "../../src/frontend/readJob.ts";
 import { readJob } from "../../src/frontend/readJobNow.ts";
 import { chooseAuto } from "../../src/search/chooseAuto.ts";
+import { readJobAuto } from "../../src/search/readJobAuto.ts";
 import { search } from "../../src/search/search.ts";
 import { jobOf } from "../support/job.ts";
 import { rankc } from "../support/rankc.ts";
@@ -87,4 +88,21 @@ test("an editor finds nothing wrong with auto, but other faults", () => {
   const { properties } = jobSchema() as { properties: Record<string, { properties: Record<string, { anyOf?: { const?: string }[] }> }> };
   expect(properties.parallel?.properties.tensor?.anyOf?.[1]?.const).toBe("auto");
   expect(properties.parallel?.properties.world?.anyOf).toBeUndefined();
+});
+
+test("the library chooses the values that the commands choose, and readJob names the function that does", async () => {
+  const { job, auto, findings } = await readJobAuto(text, "job.yaml");
+  expect(findings.filter(({ level }) => level === "error")).toEqual([]);
+  const path = join(folder, "library.yaml");
+  writeFileSync(path, text);
+  const printed = JSON.parse((await rankc("check", path, "--print", "--format", "json")).out);
+  expect(job?.parallel).toMatchObject(printed.resolved.job.parallel);
+  expect(auto?.values["train.micro_batch"]).toBe(job?.train.micro_batch);
+  expect(readJob(text, "job.yaml").findings[0]?.fix).toContain("readJobAuto");
+  // a job without auto is read as ever
+  const closed = text.replaceAll("auto", "1");
+  expect((await readJobAuto(closed, "job.yaml")).job).toEqual(readJob(closed, "job.yaml").job);
+  const refused = await readJobAuto(text.replace("h100-80gb", "cpu"), "job.yaml");
+  expect(refused.job).toBeUndefined();
+  expect(refused.findings.map(({ code }) => code)).toEqual(["S009"]);
 });
