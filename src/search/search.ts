@@ -46,6 +46,8 @@ export interface TooLarge {
 /** A compiled choice. */
 export interface Candidate extends TimedPlan {
   readonly choice: JobChoice;
+  /** Set if the job has this choice: it was judged whatever the forecast says, so it is no measure of other choices. */
+  readonly isWritten?: true;
 }
 
 /** Choices that were not compiled, by their reason. */
@@ -142,7 +144,8 @@ export function search(
     sizes.add(choice, peak / bytes);
     if (peak > memory) tooLarge.push({ choice, peak });
     else {
-      const result = { choice, ...timedPlan(estimateJob(candidate, options), peak) };
+      const isWritten = choice === first?.choice && { isWritten: true as const };
+      const result = { choice, ...timedPlan(estimateJob(candidate, options), peak), ...isWritten };
       judged.push(result);
       ratios.push(result.seconds / seconds);
     }
@@ -241,7 +244,7 @@ export function alternativesOf(best: readonly Candidate[]): Alternative[] {
   const [winner, ...others] = best;
   if (!winner) return [];
   return searchedKeys.flatMap((key): Alternative[] => {
-    const other = others.find((c) => c.choice[key] !== winner.choice[key]);
+    const other = others.find((c) => !c.isWritten && c.choice[key] !== winner.choice[key]);
     if (!other) return [];
     const names = [...new Set([...Object.keys(winner.parts), ...Object.keys(other.parts)])];
     const changes = names.map((name) => ({ name, saved: (other.parts[name] ?? 0) - (winner.parts[name] ?? 0) }));

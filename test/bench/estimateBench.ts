@@ -1,6 +1,6 @@
 /**
  * Compares estimates with measured steps, as tables for docs/estimate.md: one H200 with rankc's kernels, and published rows with the stacks that ran them.
- * `npm run bench:estimate`, with `-- here` the first alone, with `-- published` the others, with ids of rows or names of jobs these. Takes about ten
+ * `npm run bench:estimate`, with `-- here` one H200 alone, with `-- two` two of one host, with `-- published` the others, with ids of rows or names of jobs these. Takes about ten
  * minutes of one core.
  *
  * Measured values of one H200 stand in test/fixtures/estimate/h200.tsv alone. `npm run bench:cuda-model -- test/bench/jobs/JOB.yaml --profile-only --steps 5`
@@ -9,6 +9,7 @@
  * the estimate of today.
  */
 import { readFileSync } from "node:fs";
+import { parse, stringify } from "yaml";
 import { estimate } from "../../src/analysis/estimate/estimate.ts";
 import { packageProfile } from "../../src/analysis/estimate/profiles.ts";
 import { loadTarget } from "../../src/codegen/targets.ts";
@@ -18,7 +19,7 @@ import { largest } from "../../src/units.ts";
 import { estimateRow, memoryOfRow, type PublishedRow, readTable } from "./estimateRows.ts";
 
 const named = process.argv.slice(2);
-const part = named.find((word) => word === "here" || word === "published");
+const part = named.find((word) => word === "here" || word === "two" || word === "published");
 const only = named.filter((word) => word !== part);
 const isAsked = (id: string | undefined): boolean => only.length === 0 || (id !== undefined && only.includes(id));
 
@@ -77,6 +78,55 @@ interface Compared {
   readonly row: PublishedRow;
   readonly time: number;
   readonly memory: number | undefined;
+}
+
+/** Steps of Mixtral cut to four layers on meshes of two H200, with the profile of the package: what overlap hides, and what it slows down. */
+async function twoGpus(): Promise<void> {
+  const profile = packageProfile("h200-141gb")!;
+  const target = await loadTarget("cuda:sm_90a");
+  const base = parse(readFileSync(new URL("jobs/mixtral-8x7b-4-layers.yaml", import.meta.url), "utf8"));
+  head(
+    "two H200",
+    "measured, ms",
+    "estimate, ms",
+    "error",
+    "over one GPU",
+    "communication, measured",
+    "estimate",
+    "exposed, measured",
+    "estimate",
+    "from",
+  );
+  const errors: number[] = [];
+  /** The errors of one GPU, by whether it runs eight microbatches: those of the machine's kernels. */
+  const alone = new Map<boolean, number>();
+  for (const row of readTable("two-gpus.tsv")) {
+    const train = {
+      ...base.train,
+      micro_batch: Number(row.micro),
+      global_batch: Number(row.batch),
+      optimizer: { type: "adamw", lr: 1e-6 },
+    };
+    const text = stringify({ ...base, parallel: parse(row.parallel ?? ""), train });
+    const { job, findings } = readJob(text, `${row.mesh}.yaml`);
+    if (!job) throw new Error(`${row.mesh}: ${findings.map(({ code }) => code).join()}`);
+    const { seconds, stages } = estimate(compile(job, { target }).plan, { profile });
+    const [{ communication }] = [...stages].sort((a, b) => a.parts.bubble - b.parts.bubble) as [(typeof stages)[number]];
+    const sum = (key: "total" | "exposed"): string => (1000 * communication.reduce((all, own) => all + own[key], 0)).toFixed(1);
+    const [measured, ms] = [Number(row.step_ms), 1000 * seconds];
+    const isLong = row.mesh?.includes("8 microbatches") ?? false;
+    if (row.mesh?.startsWith("one GPU")) alone.set(isLong, ms / measured);
+    const over = ms / (alone.get(isLong) ?? 1);
+    if (row.use === "held out" && !row.mesh?.startsWith("one GPU")) errors.push(error(over, measured));
+    print([
+      ...[row.mesh ?? "", measured.toFixed(1), ms.toFixed(1), errorText(ms, measured), errorText(over, measured)],
+      ...[row.communication_ms ?? "", sum("total"), row.exposed_ms ?? "", sum("exposed"), row.use ?? ""],
+    ]);
+  }
+  const mean = errors.reduce((all, e) => all + Math.abs(e), 0) / errors.length;
+  console.log(
+    `\nOver one GPU, ${errors.length} held out: mean absolute error ${mean.toFixed(1)} %, worst ${signed(errors.reduce((a, b) => (Math.abs(b) > Math.abs(a) ? b : a)))}`,
+  );
 }
 
 /** Published rows, one table for each device and stack. */
@@ -140,5 +190,6 @@ function summary(all: readonly Compared[]): void {
   );
 }
 
-if (part !== "published") await measuredHere();
-if (part !== "here") await published();
+if (part === undefined || part === "here") await measuredHere();
+if (part === undefined || part === "two") await twoGpus();
+if (part === undefined || part === "published") await published();

@@ -18,6 +18,8 @@ const ids = asked.length > 0 ? asked : published;
 const degrees = ({ tensor, pipeline, virtual_pipeline, context, expert, expert_tensor, micro_batch, recompute }: JobChoice): string =>
   `${tensor} ${pipeline} ${virtual_pipeline} ${context} ${expert} ${expert_tensor} ${micro_batch} ${recompute}`;
 
+const less = (seconds: number): string => `${secondsText(Math.abs(seconds))} ${seconds >= 0 ? "less" : "more"}`;
+
 const targetOf = await loadDeviceTargets();
 const lines: string[] = [];
 for (const id of ids) {
@@ -42,7 +44,7 @@ for (const id of ids) {
   );
   for (const { changes, seconds, saved, peak, part, reason } of result.fromWritten ?? [])
     process.stderr.write(
-      `  from ${changes.map(({ key, from, to }) => `${key} ${from} to ${to}`).join(", ") || "layout"}: ${secondsText(seconds)}, ${secondsText(saved)} less, ${gib(peak)} GiB; ${secondsText(part.saved)} less of ${part.name}${reason ? `; ${reason}` : ""}\n`,
+      `  from ${changes.map(({ key, from, to }) => `${key} ${from} to ${to}`).join(", ") || "layout"}: ${secondsText(seconds)}, ${less(saved)}, ${gib(peak)} GiB; ${less(part.saved)} of ${part.name}${reason ? `; ${reason}` : ""}\n`,
     );
   for (const { key, value, instead, saved, part } of alternativesOf(result.best))
     process.stderr.write(`  ${key} ${value} before ${instead}: ${secondsText(saved)}, ${secondsText(part.saved)} of ${part.name}\n`);
