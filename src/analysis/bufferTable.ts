@@ -42,6 +42,15 @@ export class BufferTable {
     const outer = within ?? part?.of;
     return outer === undefined ? id : this.rootOf(outer);
   }
+  /** Returns whether two buffers share bytes. */
+  overlap(a: string, b: string): boolean {
+    if (a === b) return true;
+    if (this.rootOf(a) !== this.rootOf(b)) return false;
+    const [first, second] = [this.get(a), this.get(b)];
+    if (!first.part || !second.part || first.part.of !== second.part.of) return true;
+    const isBefore = (x: Buffer, y: Buffer): boolean => (x.part?.at ?? 0) + elementsOf(x.shape) <= (y.part?.at ?? 0);
+    return !isBefore(first, second) && !isBefore(second, first);
+  }
   /** Returns the number of elements of a buffer on one rank. */
   lengthOf(id: string): number {
     return elementsOf(this.get(id).shape);

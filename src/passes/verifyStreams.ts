@@ -137,12 +137,12 @@ class Walk {
 
   /** Throws an invariant if an instruction and an open collective of another stream touch a buffer that one of them writes. */
   #expectApart(i: Instruction, open: Collective, who: () => string): void {
-    const root = (id: string): string => this.#buffers.rootOf(id);
-    const written = new Set(writesOf(open, this.#buffers).map(root));
-    const touched = new Set([...touchedBy(open, this.#buffers)].map(root));
+    const written = writesOf(open, this.#buffers);
+    const touched = [...touchedBy(open, this.#buffers)];
+    const isIn = (ids: readonly string[], id: string): boolean => ids.some((other) => this.#buffers.overlap(id, other));
     const clash = [
-      ...[...touchedBy(i, this.#buffers), ...readsOf(i)].filter((id) => written.has(root(id))),
-      ...writesOf(i, this.#buffers).filter((id) => touched.has(root(id))),
+      ...[...touchedBy(i, this.#buffers), ...readsOf(i)].filter((id) => isIn(written, id)),
+      ...writesOf(i, this.#buffers).filter((id) => isIn(touched, id)),
     ][0];
     invariant(
       clash === undefined,

@@ -1,6 +1,6 @@
 /** Asynchronous collectives: a program whose order does not hold them is refused, and the refusal names ranks, instruction and buffer. */
 import { describe, expect, test } from "vitest";
-import type { Collective, Instruction, Program } from "../../schemas/plan.ts";
+import type { Collective, Compute, Instruction, Program } from "../../schemas/plan.ts";
 import { instructionsOf } from "../../schemas/program.ts";
 import { compile } from "../../src/compile.ts";
 import { verifyPrograms } from "../../src/passes/verify.ts";
@@ -164,7 +164,14 @@ test("a bucket is one collective, begun after the last of its gradients; without
 });
 
 describe("products in parts beside the exchanges between tensor ranks", () => {
-  const { programs, mesh } = planOf({ world: 2, tensor: 2, sequence: true, tensor_overlap: 2 }, { precision: "bf16" });
+  const job = jobOf({
+    name: "parts",
+    model: { layers: 2, hidden: 64, ffn: 64, heads: 4, vocab: 256, seq: 64 },
+    parallel: { world: 2, tensor: 2, sequence: true, tensor_overlap: 4 },
+    train: { global_batch: 2, steps: 1, precision: "bf16", optimizer: { lr: 1e-3 } },
+    data: { path: "corpus.txt" },
+  });
+  const { programs, mesh } = compile(job).plan;
   const isPart = (i: Instruction): i is Collective => i.kind === "collective" && i.stream === "tensor" && /\.part\d$/.test(i.id);
   const isScatter = (i: Instruction): boolean => isPart(i) && i.how === "reduce_scatter";
   const isProduct = (i: Instruction): boolean => i.kind === "compute" && /\.wo\.part1$/.test(i.id);
@@ -178,7 +185,7 @@ describe("products in parts beside the exchanges between tensor ranks", () => {
     ],
     "the whole is read, and a part of it is not reduced": [
       (p) => forward(p).splice(forward(p).findIndex(isScatter), 1),
-      /stage 0 .*: layers\.0\.attn\.residual reads \S+ before it is written|waits for \S+, which has not begun/,
+      /stage 0 .*: layers\.0\.attn\.residual\.part0 reads \S+ before it is written|waits for \S+, which has not begun/,
     ],
     "a part is sent before its product": [
       (p) => {
@@ -187,6 +194,13 @@ describe("products in parts beside the exchanges between tensor ranks", () => {
         list.splice(at + 2, 0, ...list.splice(at, 1));
       },
       /stage 0 .*: \S+\.part1 reads \S+\.part1 before it is written/,
+    ],
+    "the norm of one part writes what the all-gather of another reads": [
+      (p) => {
+        const norm = forward(p).find(({ id }) => id === "layers.0.mlp.norm.part1") as Compute;
+        norm.writes.y = norm.writes.y!.replace("rows1", "rows0");
+      },
+      /stage 0 .* at layers\.0\.mlp\.norm\.part1, F0 touches \S+\.rows0 while \S+\.all_gather\.part0 on the stream tensor may run|before it is written/,
     ],
     "a part of a result is reduced into the place of another": [
       (p) => {
@@ -198,7 +212,18 @@ describe("products in parts beside the exchanges between tensor ranks", () => {
   };
   test("the compiled program passes", () => {
     expect(() => verifyPrograms(structuredClone(programs) as Program[], mesh)).not.toThrow();
-    expect(forward(programs[0]!).filter(isPart)).toHaveLength(2 * 4);
+    expect(forward(programs[0]!).filter(isPart)).toHaveLength(2 * 4 * 4);
+  });
+  test("a part is gathered behind the next product: sums and norms of tokens have the same parts", () => {
+    const ids = forward(programs[0]!).map(({ id }) => id.replace(/@[^.]*/, ""));
+    const layer = ids.slice(ids.indexOf("layers.0.attn.wo.part0"), ids.indexOf("layers.0.mlp.w3.part0"));
+    expect(layer.map((id) => id.replace("layers.0.", ""))).toEqual([
+      ...["attn.wo.part0", "attn.wo.reduce_scatter.part0", "attn.wo.part1", "attn.wo.reduce_scatter.part1"],
+      ...["attn.residual.part0", "mlp.norm.part0", "mlp.norm.all_gather.part0"],
+      ...["attn.wo.part2", "attn.wo.reduce_scatter.part2"],
+      ...["attn.residual.part1", "mlp.norm.part1", "mlp.norm.all_gather.part1"],
+      ...["attn.wo.part3", "attn.wo.reduce_scatter.part3", "mlp.w1.part0"],
+    ]);
   });
   test.each(Object.entries(broken))("%s", (_, [spoil, says]) => {
     const copies = structuredClone(programs) as Program[];

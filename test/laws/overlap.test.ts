@@ -107,7 +107,15 @@ const cases: Readonly<Record<string, readonly [parallel: object, model?: object,
     { hidden: 32, heads: 8, kv_heads: 4, ffn: 32, seq: 64, qkv_bias: true, qk_norm: "head" },
     { micro_batch: 2, precision: "bf16" },
   ],
-  "products in parts of two sequences, an evaluation": [
+  "products in four parts, biases, layer norms": [
+    { world: 2, tensor: 2, sequence: true, tensor_overlap: 4 },
+    { hidden: 32, ffn: 32, seq: 64, layers: 3, norm: { type: "layernorm" }, qkv_bias: true, out_bias: true, activation: "gelu" },
+  ],
+  "products in four parts, dropout, tied embeddings": [
+    { world: 4, tensor: 2, sequence: true, tensor_overlap: 4 },
+    { hidden: 32, ffn: 32, seq: 64, dropout: { hidden: 0.1 }, tie_embeddings: true },
+  ],
+  "products in parts of two sequences, context, recomputed": [
     { world: 4, tensor: 2, context: 2, sequence: true, tensor_overlap: 2 },
     { seq: 32, norm: { type: "layernorm" } },
     { micro_batch: 4, recompute: { mode: "selective", modules: ["layernorm", "mlp"] } },
@@ -133,13 +141,15 @@ describe("numbers are those of collectives in order, bit for bit", () => {
   ];
   for (const { options, rows } of byTier(all, ({ name }) => inFast.includes(name)))
     test.each(rows)("$name", options, async ({ c: [parallel, model, over] }) => {
-      const { tensor_overlap: _, ...inOrder } = { tensor_overlap: "none", ...parallel };
+      const { tensor_overlap, ...inOrder }: { tensor_overlap?: unknown } = parallel;
       const options = { ...parallel, ...bucketsOf(parallel), ...(model && "moe" in model && { expert_overlap: "shared" }) };
       const [plain, beside] = [planOf(inOrder, model, over), planOf(options, model, over)];
       const asynchronous = beside.programs.flatMap((p) => instructionsOf(p)).filter((i) => i.kind === "collective" && i.stream);
       expect(asynchronous.length).toBeGreaterThanOrEqual(2);
       const isOfTensor = asynchronous.some((i) => i.kind === "collective" && i.stream === "tensor");
       expect(isOfTensor, "beside tensor ranks").toBe("tensor_overlap" in parallel);
+      const parts = asynchronous.filter((i) => i.kind === "collective" && i.stream === "tensor" && /\.part\d+$/.test(i.id));
+      expect(parts.length > 0, "parts").toBe(typeof tensor_overlap === "number");
       const want = await train([openCpu(plain)], plain, undefined, 3);
       for (const [name, isHeld] of Object.entries(durations)) {
         const got = await train([openCpu(beside, { isHeld })], beside, undefined, 3);

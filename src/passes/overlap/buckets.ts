@@ -78,18 +78,24 @@ export function collectivesOf({ chains }: Bucket, { id, stream, path, because, o
  * collectives that have begun before the block; those that begin in the block are added to it.
  */
 export function withWaits(block: readonly Instruction[], open: readonly Collective[], buffers: BufferTable): Instruction[] {
-  const rootsOf = (i: Instruction): string[] => [...touchedBy(i, buffers)].map((id) => buffers.rootOf(id));
+  const rootsOf = (i: Instruction): Map<string, string[]> => {
+    const ids = new Map<string, string[]>();
+    for (const id of touchedBy(i, buffers)) ids.set(buffers.rootOf(id), [...(ids.get(buffers.rootOf(id)) ?? []), id]);
+    return ids;
+  };
+  const areApart = (a: ReadonlyMap<string, readonly string[]>, b: ReadonlyMap<string, readonly string[]>): boolean =>
+    [...a].every(([root, ids]) => ids.every((id) => !b.get(root)?.some((other) => buffers.overlap(id, other))));
   const begun = new Map<string, Collective>();
   const wait = (id: string): void => void endedBy(begun, id);
   for (const i of open) begun.set(i.id, i);
   return block.map((i) => {
     const stream = i.kind === "collective" ? i.stream : undefined;
     for (const id of i.waits ?? []) wait(id);
-    const touched = new Set(rootsOf(i));
+    const touched = rootsOf(i);
     const waits = new Set(i.waits);
     // from the last to the first: a wait for a collective is a wait for those before it on its stream
     for (const by of [...begun.values()].toReversed()) {
-      if (!begun.has(by.id) || by.stream === stream || !rootsOf(by).some((id) => touched.has(id))) continue;
+      if (!begun.has(by.id) || by.stream === stream || areApart(rootsOf(by), touched)) continue;
       waits.add(by.id);
       wait(by.id);
     }
