@@ -117,6 +117,11 @@ describe.skipIf(noCompiler)(`plans with stand-ins for the driver and NCCL${noCom
       { world: 4, pipeline: 2, schedule: "zero_bubble", gradient_bucket: 0.001 },
       { tie_embeddings: true },
     ],
+    "tokens that are sent once to each rank, bounded rows, bf16": [
+      { world: 8, tensor: 2, sequence: true, expert: 4, expert_tensor: 2, expert_overlap: "shared" },
+      { moe: { ...moe, experts: 8, rows_bound: 4, dispatch: "once", shared: { ffn: 8, gate: true } } },
+      { precision: "bf16" },
+    ],
     "bounded rows": [{ world: 4, expert: 4 }, { moe: { ...moe, experts: 8, rows_bound: 3 } }],
   } as const satisfies Record<string, readonly [object, object, object?]>;
   const inFast = [

@@ -108,6 +108,10 @@ describe.skipIf(noAdapter)(`on WebGPU${noAdapter ? `: skipped, ${noAdapter}` : "
       { layers: 1, moe: { ...moe, experts: 6 } },
       { global_batch: 6 },
     ),
+    "tokens that are sent once to each rank": jobWith(
+      { world: 4, expert: 2, expert_tensor: 2 },
+      { layers: 1, moe: { ...moe, dispatch: "once" } },
+    ),
     "choices that are even by themselves, of what is jittered": jobWith(
       { world: 1 },
       { layers: 1, moe: { ...moe, router: { balance: "sinkhorn", jitter: 0.1, normalize_top_k: false, z_coeff: 0.01 } } },
