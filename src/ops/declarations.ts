@@ -10,6 +10,17 @@ export interface Quota {
   readonly positions: number;
 }
 
+/** The largest and the mean number of rows per token, and the largest per expert. */
+interface RowLimits {
+  readonly fanout: number;
+  readonly meanFanout?: number;
+  readonly quota?: Quota;
+}
+/** Returns the limits on the rows that an op makes from its attributes. */
+export function limitsOf({ k = 0, mean, quota, sequences = 1, positions = 1 }: Readonly<Record<string, number>>): RowLimits {
+  return { fanout: k, ...(mean !== undefined && { meanFanout: mean }), ...(quota ? { quota: { rows: quota, sequences, positions } } : {}) };
+}
+
 /** The dim that a mesh axis must shard, and the job key that says so. Without a dim the axis shards none: its ranks repeat the work. */
 export interface Pin {
   readonly dim?: string;

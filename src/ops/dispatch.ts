@@ -2,7 +2,7 @@
  * Dispatch once per rank (`model.moe.dispatch: once`). The experts of one rank are a group: a token has one row for each group that has
  * experts of it. The row carries the weights of the group's K experts. On the rank of the group, rows are a list of tokens: `permute_rows`
  * and its like copy them to the experts, as `permute` copies tokens. A place in the list is a number of this rank alone, so an index that they
- * make has (start of b + place, start of s, expert) instead of (b, s, expert), and no collective exchanges such rows.
+ * make has (start of b + place, start of s, expert) instead of (b, s, expert), and such rows are local: no collective exchanges them.
  */
 import { greater, rowMax, select } from "./formula.ts";
 import { invariant } from "./invariant.ts";
@@ -72,6 +72,7 @@ function eachGroup(
 export const rowChoices = op({
   name: "row_choices",
   sig: "v[B~S~E,K] -> c[B~S~E,K]",
+  localRows: true,
   cpu({ v, c }, { K }, { rows }) {
     for (let i = 0; i < (rows[0] ?? 0) * K; i++) c[i] = Number((v[i] ?? ABSENT) >= 0);
   },
@@ -93,6 +94,7 @@ export const permuteRows = op({
   name: "permute_rows",
   sig: "x[B~S~E/K,D] c[B~S~E/K,K] -> r[B~S~E,D]",
   attrs: ["K"],
+  localRows: true,
   rows: ({ c }, d, place, rows, bound) => rowsOfList(c, d, place, rows, bound),
   cpu({ x, c, r }, d, place) {
     permute.cpu({ x, c, r }, { ...tokensOf(c, d), D: d.D }, place);
@@ -116,6 +118,7 @@ export const packRows = op({
   name: "pack_rows",
   sig: "p[B~S~E/K,K] c[B~S~E/K,K] -> r[B~S~E]",
   attrs: ["K"],
+  localRows: true,
   rows: ({ c }, d, place, rows, bound) => rowsOfList(c, d, place, rows, bound),
   cpu({ p, c, r }, d, place) {
     pack.cpu({ p, c, r }, tokensOf(c, d), place);

@@ -12,7 +12,7 @@
 import { type Dtype, dtypes } from "../../schemas/dtypes.ts";
 import type { OpName } from "../../schemas/opNames.ts";
 import type { HostInput } from "../../schemas/plan.ts";
-import type { DimAxes, Pin, Quota, Regrid, Sharing } from "./declarations.ts";
+import { type DimAxes, limitsOf, type Pin, type Quota, type Regrid, type Sharing } from "./declarations.ts";
 import { type Expr, layoutOf, operandsOf, type Result } from "./formula.ts";
 import { type CpuFormula, cpuFormula } from "./formulaCpu.ts";
 import { invariant } from "./invariant.ts";
@@ -75,6 +75,8 @@ interface BaseDeclaration<S extends string, N extends GraphOpName, A extends str
   readonly linearIn?: In<S>;
   /** The operand whose rows the ragged outputs have; default: the first ragged one. */
   readonly rowsLike?: In<S>;
+  /** The ragged outputs are `local` (see Value). */
+  readonly localRows?: true;
   /** Types of outputs; default: the type of the first float input. */
   readonly types?: Partial<Each<Out<S>, Dtype>>;
   /** Outputs that receive a gradient, in the order of `dys`; default: the first output. */
@@ -169,6 +171,8 @@ export interface Value {
   readonly meanFanout?: number;
   /** Largest number of rows per expert of a ragged value. */
   readonly quota?: Quota;
+  /** Of a ragged value: what its rows hold, or how they are numbered, belongs to the rank that made them. They cannot be exchanged. */
+  readonly local?: boolean;
   readonly leaf?: Leaf;
   readonly dtype: Dtype;
   /** Of an output that its op updates in place: the leaf whose memory it is. */
@@ -302,7 +306,9 @@ export function nodeOf(op: Node["op"], args: readonly Value[], attrs: Attrs, id:
   const outs: Value[] = [];
   const node: Node = { op, args, attrs, outs, size, id, position, backward: false };
   const like = args.find((v) => dtypes[v.dtype].kind === "float")?.dtype ?? "f32";
-  const rows = rowSourceOf({ op, args }) ?? limitsOf(attrs);
+  const source = rowSourceOf({ op, args });
+  const rows = source ?? limitsOf(attrs);
+  const local = op.localRows ?? (op.rowsLike === undefined && source?.local);
   for (const [out, o] of expand(node).outputs.entries())
     outs.push({
       node,
@@ -311,6 +317,7 @@ export function nodeOf(op: Node["op"], args: readonly Value[], attrs: Attrs, id:
       fanout: o.ragged ? rows.fanout : 0,
       ...(o.ragged && rows.meanFanout !== undefined ? { meanFanout: rows.meanFanout } : {}),
       ...(o.ragged && rows.quota ? { quota: rows.quota } : {}),
+      ...(o.ragged && local ? { local } : {}),
       sizes: o.dimSpecs.map((s) => dimSize(s, size)),
       dtype: op.types?.[o.name] ?? like,
     });
@@ -334,15 +341,6 @@ export function rowSourceOf({ op, args }: Pick<Node, "op" | "args">): Value | un
   const named = op.rowsLike === undefined ? undefined : args[op.inputs.findIndex((i) => i.name === op.rowsLike)];
   return named ?? args.find((v) => v.ragged);
 }
-/** Reads the limits on the rows that an op makes from its attributes. */
-function limitsOf({ k = 0, mean, quota, sequences, positions }: Attrs): Pick<Value, "fanout" | "meanFanout" | "quota"> {
-  return {
-    fanout: k,
-    ...(mean !== undefined && { meanFanout: mean }),
-    ...(quota ? { quota: { rows: quota, sequences: sequences!, positions: positions! } } : {}),
-  };
-}
-
 /** Returns the operands of one use of an op, with `...` replaced by the dims of the argument. */
 export function expand({ op: o, args }: Pick<Node, "op" | "args">): { inputs: readonly Operand[]; outputs: readonly Operand[] } {
   const like = args[o.inputs.findIndex((i) => i.any)];

@@ -706,6 +706,7 @@ test("any choice of dims gives the same numbers: the rules decide cost only", as
       shared: { ffn: 24, gate: true },
       latent: 16,
     },
+    once: { dispatch: "once", top_k: 3 },
     even: { router: { balance: "sinkhorn", normalize_top_k: false } },
     chosen: { router: { type: "expert_choice", normalize_top_k: false } },
   };

@@ -74,6 +74,10 @@ function choose(
   const of = ins.findIndex(({ value, operand }) => copySums.get(value)?.includes(f) && node.op.linearIn === operand.name);
   if (of >= 0) return { partial: true, of, by: () => "the copies are partial sums" };
   const at = ins.map(({ value }) => shardingOf(placements.of(value).layout, f));
+  const local = ins.findIndex(({ value }) => value.local);
+  const rows = ins[local]?.operand.dimSpecs.slice(0, ins[local].operand.ragged) ?? [];
+  const held = rows[at[local] ?? REPLICATED];
+  if (held) return { dim: held.dim, by: () => `${ins[local]?.operand.name} has rows of this rank alone` };
   const linearAt = ins.findIndex(({ operand }) => operand.name === node.op.linearIn);
   if (at[linearAt] === PARTIAL_SUM && at.every((p, index) => index === linearAt || p === REPLICATED))
     return { partial: true, of: linearAt, by: () => "the op is linear in its partial input, and the ranks have the others" };
@@ -86,7 +90,8 @@ function choose(
   if (node.op.linear && at.every((p) => p === PARTIAL_SUM)) return { partial: true, by: () => "all inputs are partial sums" };
   const votes = pairs(ins, at).flatMap(([{ value, operand }, dimIndex], index) => {
     const spec = operand.dimSpecs[dimIndex];
-    if (!spec || spec.replicated) return [];
+    // local rows are not sharded anew
+    if (!spec || spec.replicated || rows.some(({ dim }) => dim === spec.dim)) return [];
     const parameter = value.leaf?.kind === "parameter";
     const by = (uses: NodeUses): string => `${parameter ? operandId(uses, index) : operand.name} is ${alongText(spec.dim)}`;
     return [{ parameter, dim: spec.dim, by }];

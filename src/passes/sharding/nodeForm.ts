@@ -11,7 +11,7 @@ export function nodeForm({ node, ins, outs }: NodeUses, placements: Placements, 
   for (const pin of pins) form += ` pin ${pin.axis} ${pin.dim ?? ""}`;
   if (ring) form += ` ring ${ring.dim} ${ring.as}`;
   for (const { value } of ins) {
-    form += `|${placements.numberOf(value)} ${value.leaf?.kind ?? ""}`;
+    form += `|${placements.numberOf(value)} ${value.leaf?.kind ?? ""}${value.local ? "local" : ""}`;
     const sums = copySums.get(value);
     if (sums) form += ` sums ${sums.join()}`;
   }

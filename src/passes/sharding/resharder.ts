@@ -1,5 +1,6 @@
 /** Resharder: makes a value available on a stage and in a layout, by transfers, collectives and local copies. Each copy is made once. */
-import type { Value } from "../../ops/op.ts";
+import { invariant, type Value } from "../../ops/op.ts";
+import { idOf } from "../backward.ts";
 import {
   continues,
   type Layout,
@@ -49,6 +50,10 @@ export class Resharder {
     const { layout } = placed;
     // most operands are where the op needs them
     if (layout === want && placed.stage === destination.stage) return placed;
+    invariant(
+      !v.local || layout.shardedBy.slice(0, v.ragged).every((fs, dim) => areEqual(fs, want.shardedBy[dim] ?? [])),
+      () => `${idOf(v)} has rows of each rank alone, which cannot be exchanged`,
+    );
     const start = this.#deliver(v, destination);
     const isReordered = pairs(layout.shardedBy, want.shardedBy).map(([from, to]) => !continues(from, to) && !continues(to, from));
     if (!isReordered.some(Boolean)) return this.#reshardFrom(start, want, destination);
