@@ -42,8 +42,11 @@ export type Safetensors = {
   /** Returns the digests of consecutive parts of a tensor; none if the file has no digests. */
   readonly digestsOf: (name: string) => readonly PartDigest[];
   readonly read: (name: string) => Float32Array;
-  /** Reads the elements [from, to) of a tensor, and checks the digests of the parts that they lie in. */
-  readonly readElements: (name: string, from: number, to: number) => Float32Array;
+  /**
+   * Reads the elements [from, to) of a tensor, and checks the digests of the parts that they lie in. `memoryFor` returns memory of at least
+   * so many bytes, which the result uses if the tensor is f32.
+   */
+  readonly readElements: (name: string, from: number, to: number, memoryFor?: (bytes: number) => ArrayBuffer) => Float32Array;
   readonly readInts: (name: string) => Int32Array;
   readonly close: () => void;
 };
@@ -71,20 +74,21 @@ export function openSafetensors(path: string): Safetensors {
     return found;
   };
   /** Reads bytes of a tensor, and compares the digests of these parts of it. */
-  const load = (name: string, first = 0, end = info(name).bytes, parts = digestsOf(name)): ArrayBuffer => {
-    const buffer = new ArrayBuffer(end - first);
-    const view = new Uint8Array(buffer);
+  const load = (name: string, first = 0, end = info(name).bytes, parts = digestsOf(name), memoryFor = newMemory): ArrayBuffer => {
+    const buffer = memoryFor(end - first);
+    const view = new Uint8Array(buffer, 0, end - first);
     file.read(view, info(name).start + first);
     for (const { from, to, sha256: digest } of parts)
       if (digest !== sha256(view.subarray(from - first, to - first))) throw damaged(path, name);
     return buffer;
   };
-  const readElements = (name: string, from: number, to: number): Float32Array => {
-    const { decoder } = info(name);
+  const readElements = (name: string, from: number, to: number, memoryFor = newMemory): Float32Array => {
+    const { decoder, dtype } = info(name);
     const parts = digestsOf(name).filter((part) => part.from < to * decoder.bytes && part.to > from * decoder.bytes);
     const [first, end] = [parts[0]?.from ?? from * decoder.bytes, parts.at(-1)?.to ?? to * decoder.bytes];
     const skipped = from - first / decoder.bytes;
-    return decoder.floats(load(name, first, end, parts)).subarray(skipped, skipped + to - from);
+    const memory = load(name, first, end, parts, dtype === "F32" ? memoryFor : newMemory);
+    return decoder.floats(memory).subarray(skipped, skipped + to - from);
   };
   const digestsOf = (name: string): PartDigest[] => {
     const digests = metadata[digestKey(name)]?.match(/.{1,64}/g) ?? [];
@@ -121,6 +125,8 @@ export function openSafetensors(path: string): Safetensors {
 
 /** Older versions of transformers reject a file without the metadata key `format`, the framework that saved it. */
 const PYTORCH = { format: "pt" };
+
+const newMemory = (bytes: number): ArrayBuffer => new ArrayBuffer(bytes);
 
 /** Writes a temporary file and renames it to `path`, so that a reader sees the old file or the complete new one. Throws a Trouble on a file system error. */
 export function writeSafetensors(path: string, entries: Iterable<TensorEntry>): void {

@@ -20,7 +20,7 @@ export interface SavedTensors {
   shard(name: string, ranges: Ranges): Float32Array;
   /**
    * Returns a function that assembles ranges of a tensor as `shard` does, and keeps the shards of files that it has to read whole: for
-   * slices one after another.
+   * slices one after another. A result is valid until the next call of any of these functions, which may use its memory.
    */
   slices(name: string): (ranges: Ranges) => Float32Array;
   /** Whether `slices` reads rows of the first dim without the rest of the tensor. */
@@ -40,12 +40,18 @@ export function savedTensors({ at, mesh, tensors, fileAt }: SavedTensorsSettings
     const saved = tensor(name);
     return firstHolders(mesh, saved).map((n) => ({ theirs: shardRanges(mesh, saved, n), rank: rankAt(mesh, saved.stage, n) }));
   }
+  let memory = new ArrayBuffer(0);
+  // arrays of each tensor would fill the memory until they are collected
+  const memoryFor = (bytes: number): ArrayBuffer => {
+    if (memory.byteLength < bytes) memory = new ArrayBuffer(Math.ceil(bytes / 8) * 8);
+    return memory;
+  };
   function shard(name: string, ranges: Ranges, held?: Map<number, Float32Array>): Float32Array {
     const holders = holdersOf(name);
     const [holder] = holders;
     // a tensor that is in one file needs no copy
     if (holders.length === 1 && holder && `${holder.theirs}` === `${ranges}`)
-      return held?.get(holder.rank) ?? rowsFrom(fileAt(holder.rank), name, holder.theirs);
+      return held?.get(holder.rank) ?? rowsFrom(fileAt(holder.rank), name, holder.theirs, undefined, held && memoryFor);
     const out = new Float32Array(lengthsOf(ranges).reduce((n, length) => n * length, 1));
     for (const { theirs, rank } of holders) {
       const shared = sharedBy(theirs, ranges);
@@ -53,7 +59,7 @@ export function savedTensors({ at, mesh, tensors, fileAt }: SavedTensorsSettings
       const file = fileAt(rank);
       const rows = held && hasParts(file, name) ? rowsOf(shared) : undefined;
       const own = rows ? rowsWithin(theirs, ...rows) : theirs;
-      const values = held?.get(rank) ?? rowsFrom(file, name, theirs, rows);
+      const values = held?.get(rank) ?? rowsFrom(file, name, theirs, rows, rows && memoryFor);
       if (`${own}` === `${ranges}`) return values;
       if (!rows) held?.set(rank, values);
       copyShared(sharedBy(own, ranges) ?? [], [own, values], [ranges, out]);
@@ -92,9 +98,16 @@ function rowsOf([runs]: readonly (readonly SharedRun[])[]): readonly [from: numb
   return first && last && [first.from, last.from + last.length];
 }
 
-/** Reads rows of a saved shard; absent: all. */
-function rowsFrom(file: Safetensors, name: string, theirs: Ranges, rows?: readonly [from: number, to: number]): Float32Array {
+/** Reads rows of a saved shard; undefined: all. */
+function rowsFrom(
+  file: Safetensors,
+  name: string,
+  theirs: Ranges,
+  rows?: readonly [from: number, to: number],
+  memoryFor?: (bytes: number) => ArrayBuffer,
+): Float32Array {
+  const all = lengthsOf(theirs).reduce((n, length) => n * length, 1);
   const width = lengthsOf(theirs.slice(1)).reduce((n, length) => n * length, 1);
-  const values = rows ? file.readElements(name, rows[0] * width, rows[1] * width) : file.read(name);
-  return expectFinite(values, `${file.path}: ${name}`, "use a checkpoint of an earlier step");
+  const [from, to] = rows ? [rows[0] * width, rows[1] * width] : [0, all];
+  return expectFinite(file.readElements(name, from, to, memoryFor), `${file.path}: ${name}`, "use a checkpoint of an earlier step");
 }
