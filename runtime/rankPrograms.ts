@@ -1,6 +1,6 @@
 /** The programs of a plan by rank, with their memory, and their buffers by id. */
 import type { BlockRun, Buffer, Memory, Plan, Program } from "../schemas/plan.ts";
-import { orderOf } from "../schemas/program.ts";
+import { groupsOf, orderOf } from "../schemas/program.ts";
 import { type MeshData, stageOfRank } from "../schemas/sharding.ts";
 
 /** The program of one stage. */
@@ -9,7 +9,7 @@ export class StageProgram {
   readonly memory: Memory;
   readonly #buffers: ReadonlyMap<string, Buffer>;
   /** Orders by number of microbatches: most steps have the same number. */
-  readonly #orders = new Map<number, readonly BlockRun[]>();
+  readonly #orders = new Map<number, readonly (readonly BlockRun[])[]>();
 
   constructor(program: Program, memory: Memory) {
     this.program = program;
@@ -31,16 +31,9 @@ export class StageProgram {
     return offset;
   }
 
-  /** Returns the chunk with this number. */
-  chunk(chunk: number): Program["chunks"][number] {
-    const found = this.program.chunks[chunk];
-    if (!found) throw new Error(`rankc: stage ${this.program.stage} has no chunk ${chunk}`);
-    return found;
-  }
-
-  /** Returns the block runs of a step with so many microbatches, in their order. */
-  order(microbatches: number): readonly BlockRun[] {
-    const order = this.#orders.get(microbatches) ?? orderOf(this.program, microbatches);
+  /** Returns the block runs of a step with so many microbatches, in their order: each alone, or two that are paired. */
+  order(microbatches: number): readonly (readonly BlockRun[])[] {
+    const order = this.#orders.get(microbatches) ?? groupsOf(orderOf(this.program, microbatches));
     this.#orders.set(microbatches, order);
     return order;
   }

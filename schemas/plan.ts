@@ -258,9 +258,30 @@ export const Chunk = z.strictObject({
 export type Chunk = z.infer<typeof Chunk>;
 
 /** One block for one microbatch. */
-export const BlockRun = z.strictObject({ kind: z.enum(["forward", "backward", "weights"]), microbatch: count, chunk: count });
+export const BlockRun = z.strictObject({
+  kind: z.enum(["forward", "backward", "weights"]),
+  microbatch: count,
+  chunk: count,
+  paired: z
+    .literal(true)
+    .optional()
+    .describe("of a forward: its instructions alternate with those of the next block run, the backward of an earlier microbatch"),
+});
 /** A value of the schema `BlockRun`. */
 export type BlockRun = z.infer<typeof BlockRun>;
+
+/** How the instructions of a forward and of the backward of an earlier microbatch alternate. */
+export const Pair = z.strictObject({
+  forward: count.describe("the chunk of the forward"),
+  backward: count.describe("the chunk of the backward"),
+  turns: z
+    .array(count)
+    .describe(
+      "how many instructions follow one another: of the forward, of the backward, of the forward again, and so on; each keeps its order",
+    ),
+});
+/** A value of the schema `Pair`. */
+export type Pair = z.infer<typeof Pair>;
 
 /** The meaning of a scalar or a table that is read after a step. */
 export const MetricName = z
@@ -303,6 +324,7 @@ export const Program = z.strictObject({
   streams: z.array(StreamUse).optional().describe("the streams that asynchronous collectives use"),
   chunks: z.array(Chunk).min(1),
   order: z.array(BlockRun).describe("the block runs of a step, one after another; then the step block once"),
+  pairs: z.array(Pair).min(1).optional().describe("with paired block runs: one entry for each forward and backward that are paired"),
   parameters: z.array(Parameter),
   inputs: z.array(z.strictObject({ ...source, buffer: id })).describe("buffers that the host fills"),
   bounds: z

@@ -1,5 +1,5 @@
 /** Blocks of a program, the order of block runs, and offsets of activation copies. Arithmetic over the plan, shared by compiler and runtime. */
-import type { BlockRun, Buffer, HostInput, Instruction, Memory, Program } from "./plan.ts";
+import type { BlockRun, Buffer, HostInput, Instruction, Memory, Pair, Program } from "./plan.ts";
 
 /** A block of instructions. `weights` has the gradients of weights if they are computed separately from those of inputs. */
 export interface Block {
@@ -41,9 +41,65 @@ export function blockOf({ chunks }: Pick<Program, "chunks">, { kind, chunk }: Bl
   return found[kind];
 }
 
+/** Returns the block runs of an order that run together: each alone, or a forward and the backward after it as a pair. */
+export function groupsOf(order: readonly BlockRun[]): BlockRun[][] {
+  const groups: BlockRun[][] = [];
+  for (let at = 0; at < order.length; ) {
+    const group = order.slice(at, at + (order[at]?.paired ? 2 : 1));
+    groups.push(group);
+    at += group.length;
+  }
+  return groups;
+}
+
+/** Consecutive instructions of one block run. */
+export interface Turn {
+  readonly run: BlockRun;
+  readonly instructions: readonly Instruction[];
+}
+
+/** Returns the instructions of block runs that run together, in the order in which they are issued. Throws if the program lacks their pair. */
+export function turnsOf(p: Pick<Program, "chunks" | "pairs">, group: readonly BlockRun[]): Turn[] {
+  const [first, second] = group;
+  if (!first) return [];
+  if (!second) return [{ run: first, instructions: blockOf(p, first) }];
+  return partsOf(pairOf(p, first, second), blockOf(p, first), blockOf(p, second)).map((instructions, n) => ({
+    ...{ run: n % 2 === 0 ? first : second, instructions },
+  }));
+}
+
+/** Returns how a forward and a backward alternate. Throws if the program does not state it. */
+function pairOf({ pairs = [] }: Pick<Program, "pairs">, forward: Pick<BlockRun, "chunk">, backward: Pick<BlockRun, "chunk">): Pair {
+  const found = pairs.find((p) => p.forward === forward.chunk && p.backward === backward.chunk);
+  if (!found) throw new Error(`rankc: the program has no pair of forward ${forward.chunk} and backward ${backward.chunk}`);
+  return found;
+}
+
+type Parts = readonly (readonly Instruction[])[];
+/** Cache of the parts of a pair: the same arrays in each step. */
+const knownParts = new WeakMap<
+  Pair,
+  { readonly forward: readonly Instruction[]; readonly backward: readonly Instruction[]; readonly parts: Parts }
+>();
+
+/** Returns the instructions of each turn of a pair. */
+function partsOf(pair: Pair, forward: readonly Instruction[], backward: readonly Instruction[]): Parts {
+  const known = knownParts.get(pair);
+  if (known?.forward === forward && known.backward === backward) return known.parts;
+  const at = [0, 0];
+  const parts = pair.turns.map((length, n) => {
+    const from = at[n % 2] ?? 0;
+    at[n % 2] = from + length;
+    return (n % 2 === 0 ? forward : backward).slice(from, from + length);
+  });
+  knownParts.set(pair, { forward, backward, parts });
+  return parts;
+}
+
 /**
  * Returns the order of a step with fewer microbatches: the order of the plan without microbatches from `microbatches` on. The remaining
- * transfers keep their order, so the step cannot deadlock, and no more microbatches are in flight.
+ * transfers keep their order, so the step cannot deadlock, and no more microbatches are in flight. A backward whose forward of a pair is left
+ * out runs alone: it is of an earlier microbatch.
  */
 export const orderOf = ({ order }: Pick<Program, "order">, microbatches: number): BlockRun[] =>
   order.filter(({ microbatch }) => microbatch < microbatches);

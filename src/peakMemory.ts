@@ -15,12 +15,12 @@ import type { Target } from "./codegen/targets.ts";
 import { headAt } from "./model/positions.ts";
 import { fuseFor } from "./passes/fuse.ts";
 import { lower } from "./passes/lower.ts";
-import { aligned, planMemory } from "./passes/memory.ts";
+import { aligned, forwardWorkspace, planMemory } from "./passes/memory.ts";
 import { buildMesh, type Mesh } from "./passes/mesh.ts";
 import { overlap } from "./passes/overlap.ts";
 import { chunkOfVirtual, type Pipeline, pipelineOf, stageOfVirtual } from "./passes/pipelineStages.ts";
 import type { Lowered } from "./passes/programBuilder.ts";
-import { schedule } from "./passes/schedule.ts";
+import { runsInPairs, schedule } from "./passes/schedule.ts";
 import { shardJob } from "./passes/shardJob.ts";
 
 /** Compiled repetitions of a stretch. Each further repetition adds the same bytes. */
@@ -55,6 +55,8 @@ interface ChunkKind {
 /** The memory of a chunk. `shared` are the buffers that the chunks of a stage share, by id. */
 interface ChunkMemory {
   readonly own: MemoryBreakdown;
+  /** With pairs, the bytes of workspace that forwards have beside that of others; it is no part of `own`. */
+  readonly forward: number;
   readonly shared: ReadonlyMap<string, { readonly kind: "parameter" | "gradient" | "optimizer"; readonly bytes: number }>;
   /** Bytes of inputs that are activations here. If several chunks of a stage read one, it is workspace instead. */
   readonly inputs: ReadonlyMap<string, number>;
@@ -76,8 +78,9 @@ export function memoryOfStages(job: Job, target: Target): MemoryBreakdown[] {
       : exact;
   const memories = memoryOfKinds(job, kinds, target);
   const byKey = new Map(keys.map((key, k) => [key, memories[k]]));
-  return schedule(job, pipeline.chunks).map(({ copies }, stage) =>
+  return schedule(job, pipeline.chunks).map(({ order, copies }, stage) =>
     combineChunks(
+      order.some(({ paired }) => paired),
       virtual.flatMap(({ key }, v) => {
         const memory = byKey.get(key);
         return stageOfVirtual(pipeline, v) === stage && memory ? [{ memory, copies: copies[chunkOfVirtual(pipeline, v)] ?? 0 }] : [];
@@ -197,10 +200,10 @@ function memoryOfKinds(job: Job, kinds: readonly ChunkKind[], target: Target): C
       kinds.map((kind) => lengthened(kind, n)),
       target,
     );
-    memories = memories.map(({ own, shared, inputs }, k) => {
+    memories = memories.map(({ own, forward, shared, inputs }, k) => {
       const times = kinds[k]?.stretches[n]?.removed ?? 0;
       const more = (kind: keyof MemoryBreakdown): number => own[kind] + times * ((longer[k]?.own[kind] ?? 0) - (base[k]?.own[kind] ?? 0));
-      return { own: eachKind(more), shared, inputs };
+      return { own: eachKind(more), forward: forward + times * ((longer[k]?.forward ?? 0) - (base[k]?.forward ?? 0)), shared, inputs };
     });
   }
   return memories;
@@ -251,9 +254,11 @@ function chunkMemory(program: Program, memory: ReturnType<typeof planMemory>, ex
     own[kind] -= aligned(b);
   }
   own.activation = memory.activation.reduce((sum, bytes) => sum + bytes, 0);
+  const forward = program.pairs ? forwardWorkspace(program, memory) : 0;
+  own.workspace -= forward;
   const host = new Set(filled.map(({ buffer }) => buffer));
   const inputs = new Map(buffers.flatMap((b) => (b.kind === "activation" && host.has(b.id) ? [[b.id, aligned(b)] as const] : [])));
-  return { own, shared, inputs };
+  return { own, forward, shared, inputs };
 }
 
 /** Returns the tables of expert loads: those that the op adds to, and those that a step reduces them to. */
@@ -266,8 +271,11 @@ function expertLoadTables(program: Program): Set<string> {
   return tables;
 }
 
-/** Returns the memory of a stage with several chunks. Parameters and activations add up; workspace and scratch are the maximum. */
-function combineChunks(chunks: readonly { readonly memory: ChunkMemory; readonly copies: number }[]): MemoryBreakdown {
+/**
+ * Returns the memory of a stage with several chunks. Parameters and activations add up; workspace and scratch are the maximum. With pairs the
+ * workspace of a forward is beside that of a backward.
+ */
+function combineChunks(hasPairs: boolean, chunks: readonly { readonly memory: ChunkMemory; readonly copies: number }[]): MemoryBreakdown {
   const shared = new Map(chunks.flatMap(({ memory }) => [...memory.shared]));
   const sum = (of: (c: (typeof chunks)[number]) => number): number => chunks.reduce((n, c) => n + of(c), 0);
   const readers = (id: string): number => sum(({ memory }) => Number(memory.inputs.has(id)));
@@ -275,7 +283,13 @@ function combineChunks(chunks: readonly { readonly memory: ChunkMemory; readonly
   const inCommon = ({ inputs }: ChunkMemory): number => [...inputs].reduce((n, [id, bytes]) => n + (readers(id) > 1 ? bytes : 0), 0);
   return eachKind((kind) => {
     if (kind === "scratch") return Math.max(0, ...chunks.map(({ memory }) => memory.own.scratch));
-    if (kind === "workspace") return Math.max(0, ...chunks.map(({ memory }) => memory.own.workspace + inCommon(memory)));
+    if (kind === "workspace") {
+      // the blocks of a pair have inputs of their own
+      const most = (of: (memory: ChunkMemory) => number): number =>
+        Math.max(0, ...chunks.map(({ memory }) => of(memory) + inCommon(memory)));
+      const [forward, others] = [most((m) => m.forward), most((m) => m.own.workspace)];
+      return hasPairs ? forward + others : Math.max(forward, others);
+    }
     if (kind === "activation") return sum(({ memory, copies }) => copies * (memory.own.activation - inCommon(memory)));
     const common = [...shared.values()].reduce((n, b) => n + (b.kind === kind ? b.bytes : 0), 0);
     return common + sum(({ memory }) => memory.own[kind]);
@@ -288,9 +302,10 @@ const eachKind = (of: (kind: keyof MemoryBreakdown) => number): MemoryBreakdown 
 /** Returns the programs of a job: the passes of `compile` without verification. */
 function lowered(job: Job, mesh: Mesh): Program[] {
   const sharded = shardJob(job, mesh);
-  // two microbatches suffice: the schedule decides whether backward is split, their number only the activation copies
+  // two microbatches suffice, and where there are pairs two for each stage more: the schedule decides whether backward is split or paired, their number only the activation copies
+  const microbatches = 2 + (runsInPairs(job) ? 2 * job.parallel.pipeline : 0);
   const few: Lowered["order"] = schedule(
-    { ...job, train: { ...job.train, batch_rampup: null, global_batch: job.train.micro_batch * job.parallel.data * 2 } },
+    { ...job, train: { ...job.train, batch_rampup: null, global_batch: job.train.micro_batch * job.parallel.data * microbatches } },
     sharded.pipeline.chunks,
   );
   return lower(job, mesh, { ...sharded, order: few });

@@ -3,8 +3,8 @@
  * coroutines that synchronize at collectives and transfers.
  */
 import { readsOf } from "../../schemas/effects.ts";
-import type { Buffer, BufferKind, Compute, HostInput, Instruction } from "../../schemas/plan.ts";
-import { blockTag, evaluationOrder, runsIn } from "../../schemas/program.ts";
+import type { BlockRun, Buffer, BufferKind, Compute, HostInput, Instruction } from "../../schemas/plan.ts";
+import { blockOf, blockTag, evaluationOrder, runsIn, turnsOf } from "../../schemas/program.ts";
 import type { BlockPosition, Comm, HostData, RankDevice } from "../backend.ts";
 import type { StageProgram } from "../rankPrograms.ts";
 import type { Inspector } from "./nonfinite.ts";
@@ -32,16 +32,24 @@ export function* walkStep(walk: StepWalk): Generator<string> {
   const { stage, device } = walk;
   device.zeroGradients();
   fill(walk, stage.program.step, ["optimizer"], 0, 0);
-  for (const run of stage.order(walk.microbatches)) {
-    const { kind, microbatch, chunk } = run;
-    const { copies, [kind]: instructions } = stage.chunk(chunk);
-    const at = { tag: blockTag(run, stage.program.chunks.length), microbatch, copy: microbatch % copies };
-    // fill workspace inputs for each block; activation inputs persist from the forward block
-    fill(walk, instructions, kind === "forward" ? ["workspace", "activation"] : ["workspace"], at.copy, microbatch);
-    yield* block(walk, instructions, at);
+  for (const runs of stage.order(walk.microbatches)) {
+    for (const run of runs) {
+      const { kind, microbatch } = run;
+      // fill workspace inputs for each block; activation inputs persist from the forward block
+      const kinds = kind === "forward" ? (["workspace", "activation"] as const) : (["workspace"] as const);
+      fill(walk, blockOf(stage.program, run), kinds, positionOf(stage, run).copy, microbatch);
+    }
+    if (walk.replayed) continue;
+    for (const { run, instructions } of turnsOf(stage.program, runs)) yield* block(walk, instructions, positionOf(stage, run));
   }
   yield* block(walk, stage.program.step, { tag: "step", microbatch: -1, copy: 0 });
   yield* end(walk);
+}
+
+/** Returns the position of a rank in a block run. */
+function positionOf({ program }: StageProgram, run: BlockRun): BlockPosition {
+  const copies = program.chunks[run.chunk]?.copies ?? 1;
+  return { tag: blockTag(run, program.chunks.length), microbatch: run.microbatch, copy: run.microbatch % copies };
 }
 
 /** Waits for all asynchronous collectives: the state between two steps is complete. */

@@ -89,10 +89,10 @@ export const ParallelText = z.strictObject({
       "when buckets of parameters are gathered. step: all in the step that updates them; forward: the first two in the step, beside the updates of the others, and these in the next forward, two buckets ahead of their use",
     ),
   expert_overlap: z
-    .enum(["none", "shared"])
+    .enum(["none", "shared", "interleave"])
     .default("none")
     .describe(
-      "what runs beside the exchanges of rows between experts. shared: the shared experts, and in backward gradients of weights; none: nothing, each exchange ends before the next instruction",
+      "what runs beside the exchanges of rows between experts. shared: the shared experts, and in backward gradients of weights; interleave: these, and the instructions of another microbatch: each forward alternates with the backward of an earlier microbatch, for which one microbatch more is in memory; none: nothing, each exchange ends before the next instruction",
     ),
   tensor_overlap: z
     .union([count.min(2).max(MOST_PARTS), z.enum(["none", "backward"])])

@@ -71,6 +71,7 @@ export const valueTexts: Readonly<Record<string, Readonly<Record<string, string>
   "parallel.expert_overlap": {
     none: "each exchange of rows ends before the next instruction",
     shared: "shared experts, and in backward gradients of weights, run beside the exchanges",
+    interleave: "these, and another microbatch: its forward alternates with the backward of an earlier one",
   },
   "parallel.tensor_overlap": {
     none: "each all-gather and reduce-scatter ends before the next product that needs it",

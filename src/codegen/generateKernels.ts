@@ -59,8 +59,10 @@ export function generateKernels(programs: readonly Program[], mesh: Mesh, target
       const first_kernel = use(writing, 1, isBeside);
       return { ...i, kernel: uses > 1 ? use(i, uses - 1, isBeside) : first_kernel, first_kernel };
     };
+    const besideOf = partnersOf(p);
     const block = (instructions: readonly Instruction[], times: number) => {
-      const isBeside = sends || instructions.some((i) => i.kind === "collective" && i.stream !== undefined);
+      const all = [instructions, ...(besideOf.get(instructions) ?? [])];
+      const isBeside = sends || all.some((some) => some.some((i) => i.kind === "collective" && i.stream !== undefined));
       return instructions.map((i) => (i.kind === "compute" ? name(i, times, isBeside) : i));
     };
     const chunks = p.chunks.map((c) => ({
@@ -121,6 +123,20 @@ function kernelAttrs({ op, attrs }: Compute): Compute["attrs"] {
 }
 
 /** Returns whether an instruction makes rows whose number may exceed their bound. */
+/** Returns per block those with which it is paired. */
+function partnersOf({ chunks, pairs = [] }: Program): Map<readonly Instruction[], (readonly Instruction[])[]> {
+  const partners = new Map<readonly Instruction[], (readonly Instruction[])[]>();
+  const add = (block: readonly Instruction[], partner: readonly Instruction[]): void =>
+    void partners.set(block, [...(partners.get(block) ?? []), partner]);
+  for (const pair of pairs) {
+    const [forward, backward] = [chunks[pair.forward]?.forward, chunks[pair.backward]?.backward];
+    if (!forward || !backward) continue;
+    add(forward, backward);
+    add(backward, forward);
+  }
+  return partners;
+}
+
 const mayOverflow = ({ rows }: Compute, buffers: ReadonlyMap<string, Buffer>): boolean =>
   rows !== undefined && buffers.has(`${rows}.needed`);
 

@@ -1,7 +1,7 @@
 /**
  * Memory planning: assigns an offset to every buffer of a program. Parameters, gradients and optimizer state live for the whole run.
  * Activations (one copy per chunk and microbatch in flight) live from the forward op that writes them to the last backward op that
- * reads them. Workspace lives within one block. Buffers of an asynchronous collective live until an instruction waits for it. Two buffers share bytes only if their lifetimes do not overlap.
+ * reads them. Workspace lives within one block; the blocks of a pair run at the same time, so that backwards have theirs behind that of forwards. Buffers of an asynchronous collective live until an instruction waits for it. Two buffers share bytes only if their lifetimes do not overlap.
  * A part of a buffer has the bytes of that buffer.
  */
 
@@ -9,7 +9,7 @@ import { bytesOf } from "../../schemas/dtypes.ts";
 import { visitTouched } from "../../schemas/effects.ts";
 import { itemOf } from "../../schemas/lookup.ts";
 import type { Buffer, BufferKind, Instruction, Kernel, Memory, Program } from "../../schemas/plan.ts";
-import { type Block, blocksOf, microbatchBlocks, writtenFirst } from "../../schemas/program.ts";
+import { type Block, blocksOf, microbatchBlocks, turnsOf, writtenFirst } from "../../schemas/program.ts";
 import { elementsOf } from "../../schemas/sharding.ts";
 import { type OpenCollectives, visitWithWaits } from "../analysis/asyncTouches.ts";
 import { BufferTable } from "../analysis/bufferTable.ts";
@@ -54,14 +54,55 @@ export function planMemory(program: Program, kernels: readonly Kernel[] = []): M
   }
   const tables = tablesOf(program);
   const activation = timelines(program).map((timeline, c) => pack(lifetimes(tables, "activation", timeline, c), offsets));
-  // blocks run one after another, so their workspace overlaps, except inputs that several blocks read
-  const fixed = sharedInputOffsets(program);
-  for (const { instructions } of blocksOf(program))
-    total.workspace = Math.max(total.workspace, pack(lifetimes(tables, "workspace", instructions), offsets, fixed));
+  total.workspace = packWorkspace(program, tables, offsets).all;
 
   for (const b of program.buffers) if (b.part) offsets[b.id] = offsetIn(offsets, b.part.of) + b.part.at * bytesOf[b.dtype];
   const arenas = { ...total, activation, scratch: scratchOf(program, kernels) };
   return { stage: program.stage, ...arenas, peak: peakOfParts(memoryBreakdown(program, arenas)), offsets };
+}
+
+/** The end of the workspace of forward blocks, and of all blocks, in bytes. */
+interface WorkspaceEnds {
+  readonly forward: number;
+  readonly all: number;
+}
+
+/**
+ * Assigns offsets to workspace. Blocks run one after another, so their workspace overlaps, except inputs that several blocks read. The
+ * blocks of a pair run at the same time: with pairs, backwards have their workspace behind that of forwards.
+ */
+function packWorkspace(program: Program, tables: Tables, offsets: Record<string, number>): WorkspaceEnds {
+  const packed = (blocks: readonly Block[], from: number): WorkspaceEnds => {
+    const fixed = sharedInputOffsets(program, blocks, from);
+    const ends = { forward: from, all: from };
+    for (const { kind, instructions } of blocks) {
+      const end = pack(lifetimes(tables, "workspace", instructions), offsets, fixed, from);
+      ends.all = Math.max(ends.all, end);
+      if (kind === "forward") ends.forward = Math.max(ends.forward, end);
+    }
+    return ends;
+  };
+  const blocks = blocksOf(program);
+  if (!program.pairs) return packed(blocks, 0);
+  const isBackward = ({ kind }: Block): boolean => kind === "backward";
+  const { forward, all } = packed(
+    blocks.filter((b) => !isBackward(b)),
+    0,
+  );
+  return { forward, all: Math.max(all, packed(blocks.filter(isBackward), forward).all) };
+}
+
+/** Returns the end of the workspace of forward blocks in bytes: that of the others begins there if the program has pairs. */
+export function forwardWorkspace(program: Program, { offsets }: Pick<Memory, "offsets">): number {
+  const byId = new BufferTable(program.buffers);
+  let end = 0;
+  for (const { forward } of program.chunks)
+    for (const i of forward)
+      visitTouched(i, byId, (id) => {
+        const buffer = byId.get(id);
+        if (buffer.kind === "workspace") end = Math.max(end, offsetIn(offsets, id) + aligned(buffer));
+      });
+  return end;
 }
 
 /** Returns the offset of a buffer. Throws an invariant if it has none. */
@@ -71,13 +112,13 @@ function offsetIn(offsets: Memory["offsets"], id: string): number {
   return offset;
 }
 
-/** Returns the offsets of workspace that several blocks touch. These are inputs; they are at the start of the arena. */
-function sharedInputOffsets(program: Program): Map<string, number> {
+/** Returns the offsets of workspace that several of the blocks touch. These are inputs; they begin at byte `from` of the arena. */
+function sharedInputOffsets(program: Program, blocks: readonly Block[], from: number): Map<string, number> {
   const byId = new Map(program.buffers.map((b) => [b.id, b]));
   /** Per workspace buffer, the first block that touches it; `several` if another does too. */
   const several = -1;
   const blockOfBuffer = new Map<string, number>();
-  for (const [block, { instructions }] of blocksOf(program).entries())
+  for (const [block, { instructions }] of blocks.entries())
     for (const i of instructions)
       visitTouched(i, byId, (id) => {
         const known = blockOfBuffer.get(id);
@@ -85,7 +126,7 @@ function sharedInputOffsets(program: Program): Map<string, number> {
         else if (known !== block) blockOfBuffer.set(id, several);
       });
   const offsets = new Map<string, number>();
-  let end = 0;
+  let end = from;
   for (const b of program.buffers) {
     if (b.kind !== "workspace" || blockOfBuffer.get(b.id) !== several) continue;
     offsets.set(b.id, end);
@@ -175,10 +216,15 @@ export function blockLifetimes(program: Program): BlockLifetimes[] {
 
 /**
  * Assigns offsets by best fit, in order of the first instruction: the smallest free hole, or the end of the arena. Buffers in `fixed`
- * keep their offsets. Returns the bytes of the arena.
+ * keep their offsets. Nothing is placed before byte `from`. Returns the bytes of the arena.
  */
-function pack(lives: readonly Lifetime[], offsets: Record<string, number>, fixed: ReadonlyMap<string, number> = new Map()): number {
-  let end = 0;
+function pack(
+  lives: readonly Lifetime[],
+  offsets: Record<string, number>,
+  fixed: ReadonlyMap<string, number> = new Map(),
+  from = 0,
+): number {
+  let end = from;
   const holes: { at: number; size: number }[] = [];
   for (const [id, at] of fixed) {
     const life = lives.find((l) => l.buffer.id === id);
@@ -199,9 +245,9 @@ function pack(lives: readonly Lifetime[], offsets: Record<string, number>, fixed
       if (a && b && a.at + a.size === b.at) holes.splice(j, 2, { at: a.at, size: a.size + b.size });
     }
   };
-  for (const { buffer, from } of lives) {
+  for (const { buffer, from: begin } of lives) {
     // a buffer is free after the last instruction that reads it, so that instruction cannot write over it
-    for (let next = byEnd[freed]; next && next.to < from; next = byEnd[++freed])
+    for (let next = byEnd[freed]; next && next.to < begin; next = byEnd[++freed])
       free(offsetIn(offsets, next.buffer.id), aligned(next.buffer));
     if (fixed.has(buffer.id)) continue;
     const size = aligned(buffer);
@@ -250,6 +296,17 @@ export function verifyMemory(program: Program, memory: Memory): void {
   };
   for (const [c, [timeline, bytes]] of pairs(timelines(program), memory.activation).entries()) check("activation", timeline, bytes, c);
   for (const { instructions } of blocksOf(program)) check("workspace", instructions, memory.workspace);
+  for (const { forward, backward } of program.pairs ?? []) {
+    const runs = [
+      { kind: "forward", microbatch: 1, chunk: forward },
+      { kind: "backward", microbatch: 0, chunk: backward },
+    ] as const;
+    check(
+      "workspace",
+      turnsOf(program, runs).flatMap(({ instructions }) => instructions),
+      memory.workspace,
+    );
+  }
 }
 
 /** Prints the memory of each stage: the sizes of its arenas, then every buffer with offset and size. */

@@ -2,7 +2,8 @@
  * The order in which each stage runs its blocks. 1F1B: stage s starts with stages - s - 1 forwards, then alternates one forward and
  * one backward. Interleaved (Narayanan et al. 2021): 1F1B over chunks, with microbatches in groups of at least as many as there are
  * stages. Zero-bubble (Qi et al. 2023, ZB-H1): gradients of weights fill the bubbles; no stage holds more microbatches in flight than
- * the first stage does under 1F1B.
+ * the first stage does under 1F1B. With `expert_overlap: interleave` the alternating forwards and backwards run in pairs: a stage then starts
+ * with one forward more, and twice as many for each later stage, because a pair ends as a whole: what it sends is used one pair later.
  */
 
 import { phasesOf } from "../../schemas/batchRampup.ts";
@@ -24,6 +25,10 @@ export interface Schedule {
 
 type Scheduled = Pick<Job, "train" | "parallel">;
 
+/** Returns whether a job runs forwards and backwards in pairs: it does where there are exchanges of rows to hide. */
+export const runsInPairs = ({ parallel: p }: Pick<Job, "parallel">): boolean =>
+  p.expert_overlap === "interleave" && p.expert > 1 && p.schedule === "1f1b";
+
 /** Returns the number of microbatches of a step with the full batch. */
 export const microbatchesOf = ({ train, parallel }: Scheduled): number => train.global_batch / (train.micro_batch * parallel.data);
 /** Returns the numbers of microbatches of the steps during batch ramp-up. */
@@ -36,11 +41,12 @@ export const smallerStepsOf = ({ train, parallel }: Scheduled): number[] =>
 export function schedule(job: Scheduled, chunks: number): Schedule[] {
   const m = microbatchesOf(job);
   const stages = job.parallel.pipeline;
+  const inPairs = runsInPairs(job);
   const orders =
     job.parallel.schedule === "zero_bubble"
       ? zeroBubble(m, stages)
       : Array.from({ length: stages }, (_, stage) =>
-          chunks > 1 ? interleaved(m, stages, chunks, stage) : oneForwardOneBackward(m, stages, stage),
+          chunks > 1 ? interleaved(m, stages, chunks, stage, inPairs) : oneForwardOneBackward(m, stages, stage, inPairs),
         );
   // the last stage sends up to a whole group before the first stage starts the next chunk; stages - 1 microbatches are still on their way
   const inFlight = chunks > 1 ? Math.max(1, largest(groupsOf(m, stages), (n) => n) - stages + 1) : 1;
@@ -51,19 +57,24 @@ const forward = (microbatch: number, chunk = 0): BlockRun => ({ kind: "forward",
 const backward = (microbatch: number, chunk = 0): BlockRun => ({ kind: "backward", microbatch, chunk });
 const weights = (microbatch: number): BlockRun => ({ kind: "weights", microbatch, chunk: 0 });
 
-/** Returns `ahead` forwards, then one forward and one backward in turn, then the remaining backwards. */
-const alternate = (forwards: readonly BlockRun[], backwards: readonly BlockRun[], ahead: number): BlockRun[] => [
+/** Returns `ahead` forwards, then one forward and one backward in turn, which may be a pair, then the remaining backwards. */
+const alternate = (forwards: readonly BlockRun[], backwards: readonly BlockRun[], ahead: number, inPairs: boolean): BlockRun[] => [
   ...forwards.slice(0, ahead),
-  ...pairs(forwards.slice(ahead), backwards.slice(0, forwards.length - ahead)).flat(),
+  ...pairs(
+    forwards.slice(ahead).map((run): BlockRun => (inPairs ? { ...run, paired: true } : run)),
+    backwards.slice(0, forwards.length - ahead),
+  ).flat(),
   ...backwards.slice(forwards.length - ahead),
 ];
 
-function oneForwardOneBackward(m: number, stages: number, stage: number): BlockRun[] {
+function oneForwardOneBackward(m: number, stages: number, stage: number, inPairs: boolean): BlockRun[] {
   const each = Array.from({ length: m }, (_, i) => i);
+  const later = stages - stage - 1;
   return alternate(
     each.map((i) => forward(i)),
     each.map((i) => backward(i)),
-    Math.min(m, stages - stage - 1),
+    Math.min(m, inPairs ? 2 * later + 1 : later),
+    inPairs,
   );
 }
 
@@ -80,7 +91,7 @@ function groupsOf(m: number, stages: number): number[] {
  * Returns the interleaved order of a stage. Each group of microbatches runs through chunk 0, chunk 1, and so on; backward in reverse.
  * The length of the warm-up follows from the first group, the largest.
  */
-function interleaved(m: number, stages: number, chunks: number, stage: number): BlockRun[] {
+function interleaved(m: number, stages: number, chunks: number, stage: number, inPairs: boolean): BlockRun[] {
   const sizes = groupsOf(m, stages);
   let first = 0;
   const all = sizes.flatMap((size) => {
@@ -88,11 +99,12 @@ function interleaved(m: number, stages: number, chunks: number, stage: number): 
     first += size;
     return Array.from({ length: size * chunks }, (_, k) => ({ microbatch: from + (k % size), chunk: Math.floor(k / size) }));
   });
-  const ahead = Math.min(m * chunks, 2 * (stages - stage - 1) + (chunks - 1) * largest(sizes, (n) => n));
+  const ahead = Math.min(m * chunks, 2 * (stages - stage - 1) + (chunks - 1) * largest(sizes, (n) => n) + Number(inPairs));
   return alternate(
     all.map((w) => forward(w.microbatch, w.chunk)),
     all.map((w) => backward(w.microbatch, chunks - 1 - w.chunk)),
     ahead,
+    inPairs,
   );
 }
 
@@ -164,7 +176,7 @@ const kindNumbers: Readonly<Record<BlockRun["kind"], number>> = { forward: 0, ba
 /**
  * Simulates a pipeline and returns the block runs of each stage with their times. Each stage runs its order; transfers take no time. A
  * forward waits for the previous virtual stage, a backward for its forward and the next virtual stage, weight gradients for their
- * backward. A stage that would wait for ever stops: its result is then shorter than its order. `lengthOf` returns the duration of a block run.
+ * backward. The block runs of a pair begin when both may, and others wait for the end of both. A stage that would wait for ever stops: its result is then shorter than its order. `lengthOf` returns the duration of a block run.
  */
 export function timesOf(orders: readonly (readonly BlockRun[])[], chunks: number, lengthOf = unitsOf): Piece[][] {
   const stages = orders.length;
@@ -181,17 +193,22 @@ export function timesOf(orders: readonly (readonly BlockRun[])[], chunks: number
     moved = false;
     for (const [stage, own] of simulated.entries())
       for (let run = own.order[own.pieces.length]; run; run = own.order[own.pieces.length]) {
-        const v = run.chunk * stages + stage;
+        const next = run.paired ? own.order[own.pieces.length + 1] : undefined;
+        const group = next ? [run, next] : [run];
         let start: number | undefined = own.clock;
-        for (const need of needs(run, v)) {
-          const end = ends.get(need);
-          start = end === undefined || start === undefined ? undefined : Math.max(start, end);
-        }
+        for (const r of group)
+          for (const need of needs(r, r.chunk * stages + stage)) {
+            const end = ends.get(need);
+            start = end === undefined || start === undefined ? undefined : Math.max(start, end);
+          }
         if (start === undefined) break;
-        const end = start + lengthOf(run, split);
-        own.pieces.push({ run, start, end });
-        ends.set(key(run.kind, run.microbatch, v), end);
-        own.clock = end;
+        for (const r of group) {
+          const end: number = start + lengthOf(r, split);
+          own.pieces.push({ run: r, start, end });
+          start = end;
+        }
+        for (const { kind, microbatch, chunk } of group) ends.set(key(kind, microbatch, chunk * stages + stage), start);
+        own.clock = start;
         moved = true;
       }
   }

@@ -7,17 +7,19 @@
  */
 
 import { accumulatesInto, pairsOf, readsOf, writesOf } from "../../schemas/effects.ts";
-import type { BlockRun, Buffer, Instruction, Program, Transfer } from "../../schemas/plan.ts";
+import type { Buffer, Instruction, Program, Transfer } from "../../schemas/plan.ts";
 import {
   type Block,
-  blockOf,
   blocksOf,
   blockTag,
   evaluationOrder,
+  groupsOf,
   instructionsOf,
   microbatchBlocks,
   microbatchesIn,
   orderOf,
+  type Turn,
+  turnsOf,
 } from "../../schemas/program.ts";
 import { elementsOf, isDisjointSubAxes, rankAt } from "../../schemas/sharding.ts";
 import { BufferTable } from "../analysis/bufferTable.ts";
@@ -25,6 +27,7 @@ import { sizesAgree } from "../analysis/cost.ts";
 import { BrokenInvariant } from "../ops/invariant.ts";
 import { invariant } from "../ops/op.ts";
 import type { Mesh } from "./mesh.ts";
+import { verifyPairs } from "./verifyPairs.ts";
 import { verifyLimits, verifyStreams } from "./verifyStreams.ts";
 
 /** Throws an invariant if the programs break a law. `smaller` lists the numbers of microbatches of the steps during batch ramp-up. */
@@ -33,6 +36,7 @@ export function verifyPrograms(programs: readonly Program[], mesh: Mesh, smaller
   for (const p of programs) {
     verifyDefinitions(p, mesh);
     verifyCollectives(p, mesh);
+    verifyPairs(p, ranksOf(p.stage, mesh));
     verifyStreams(p, ranksOf(p.stage, mesh));
   }
   for (const steps of [programs, ...smaller.map((m) => programs.map((p) => ({ ...p, order: orderOf(p, m) })))]) {
@@ -290,23 +294,24 @@ const peerText = ({ of }: Wait): string =>
   of.kind === "world" ? ", for all other stages" : of.kind === "send" ? `, for room at stage ${of.peer}` : `, for stage ${of.peer}`;
 
 /** Returns the instructions of a step at which a stage may wait, in order. */
-const waitsOf = (p: Program, stage: number): Wait[] => waitsIn(p, stage, p.order, (run) => blockOf(p, run), p.step);
+const waitsOf = (p: Program, stage: number): Wait[] =>
+  waitsIn(
+    p,
+    stage,
+    groupsOf(p.order).flatMap((group) => turnsOf(p, group)),
+    p.step,
+  );
 
 /** The same of an evaluation. */
 function evaluationWaits(p: Program, stage: number): Wait[] {
   const { evaluation } = p;
   invariant(evaluation?.chunks.length === p.chunks.length, () => `stage ${p.stage} has ${evaluation?.chunks.length} evaluation blocks`);
-  return waitsIn(p, stage, evaluationOrder(p), ({ chunk }) => evaluation.chunks[chunk] ?? [], evaluation.step);
+  const turns = evaluationOrder(p).map((run) => ({ run, instructions: evaluation.chunks[run.chunk] ?? [] }));
+  return waitsIn(p, stage, turns, evaluation.step);
 }
 
-function waitsIn(
-  { chunks }: Program,
-  stage: number,
-  order: readonly BlockRun[],
-  blockAt: (run: BlockRun) => readonly Instruction[],
-  last: readonly Instruction[],
-): Wait[] {
-  // cached per block: it runs for every microbatch, and few of its instructions wait
+function waitsIn({ chunks }: Program, stage: number, turns: readonly Turn[], last: readonly Instruction[]): Wait[] {
+  // cached per list: it runs for every microbatch, and few of its instructions wait
   const known = new Map<readonly Instruction[], readonly Wait["of"][]>();
   const waiting = (block: readonly Instruction[]): readonly Wait["of"][] => {
     const found = known.get(block) ?? block.flatMap((i) => waitingAt(i, stage) ?? []);
@@ -314,8 +319,8 @@ function waitsIn(
     return found;
   };
   const waits: Wait[] = [];
-  for (const run of order) {
-    const block = waiting(blockAt(run));
+  for (const { run, instructions } of turns) {
+    const block = waiting(instructions);
     if (block.length === 0) continue;
     const [at, part] = [blockTag(run, chunks.length), `microbatch ${run.microbatch}`];
     for (const of of block) waits.push({ of, at, part });

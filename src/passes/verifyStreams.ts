@@ -7,7 +7,7 @@
  */
 import { readsOf, touchedBy, writesOf } from "../../schemas/effects.ts";
 import type { BlockRun, Collective, Instruction, Program, StreamName, StreamUse } from "../../schemas/plan.ts";
-import { blockOf, blockTag, evaluationOrder, instructionsOf, runsIn } from "../../schemas/program.ts";
+import { blockTag, evaluationOrder, groupsOf, instructionsOf, runsIn, type Turn, turnsOf } from "../../schemas/program.ts";
 import { endedBy } from "../analysis/asyncTouches.ts";
 import { BufferTable } from "../analysis/bufferTable.ts";
 import { invariant } from "../ops/op.ts";
@@ -58,18 +58,34 @@ function concurrencyOf(p: Program, who: string): Map<StreamName, Set<Beside>> {
   if (!instructionsOf(p).some((i) => i.waits || (i.kind === "collective" && i.stream))) return found;
   const last = p.order.filter(({ kind }) => kind === "forward").length / p.chunks.length - 1;
   const step = new Walk(p, who, found);
-  for (const run of p.order) step.block(blockOf(p, run), nameOf(run, p), { first: run.microbatch === 0, last: run.microbatch === last });
+  const placed = ({ run, instructions }: Turn): PlacedTurn => ({
+    ...{ instructions, at: nameOf(run, p), copy: run.microbatch % (p.chunks[run.chunk]?.copies ?? 1) },
+    ...{ first: run.microbatch === 0, last: run.microbatch === last },
+  });
+  for (const group of groupsOf(p.order)) step.run(turnsOf(p, group).map(placed));
   step.end(p.step, "the step block");
   const { evaluation } = p;
   if (!evaluation) return found;
   const evaluated = new Walk(p, who, found);
   for (const run of evaluationOrder(p))
-    evaluated.block(evaluation.chunks[run.chunk] ?? [], `evaluation ${run.microbatch}`, { first: run.microbatch === 0, last: false });
+    evaluated.run([
+      {
+        ...{ instructions: evaluation.chunks[run.chunk] ?? [], at: `evaluation ${run.microbatch}`, copy: 0 },
+        ...{ first: run.microbatch === 0, last: false },
+      },
+    ]);
   evaluated.end(evaluation.step, "the end of an evaluation");
   return found;
 }
 const nameOf = (run: BlockRun, { chunks }: Program): string => blockTag(run, chunks.length);
 
+/** Instructions of a block run: its name, its activation copy, and whether it is of the first or the last microbatch. */
+interface PlacedTurn extends Pick<Turn, "instructions"> {
+  readonly at: string;
+  readonly copy: number;
+  readonly first: boolean;
+  readonly last: boolean;
+}
 /** The asynchronous collectives that are open while the blocks of a program run. */
 class Walk {
   readonly #buffers: BufferTable;
@@ -77,9 +93,11 @@ class Walk {
   readonly #beside: Map<StreamName, Set<Beside>>;
   /** In the order of their begin. */
   readonly #open = new Map<string, Collective>();
+  /** The activation copies that those in `open` work on. */
+  readonly #copies = new Map<string, number>();
   /** The ids of all that have begun. */
   readonly #begun = new Set<string>();
-  /** Blocks that begin and end without an open collective: they run for every microbatch. */
+  /** Blocks, and pairs by their first instructions, that begin and end without an open collective: they run for every microbatch. */
   readonly #known = new Set<readonly Instruction[]>();
 
   constructor(p: Program, who: string, beside: Map<StreamName, Set<Beside>>) {
@@ -90,24 +108,27 @@ class Walk {
 
   /** Runs the last block, with which all collectives end. */
   end(instructions: readonly Instruction[], at: string): void {
-    for (const i of instructions) this.#run(i, at);
+    for (const i of instructions) this.#run(i, at, 0);
   }
 
-  /** Runs a block of the first or the last microbatch, or of one between them. */
-  block(instructions: readonly Instruction[], at: string, microbatch: { readonly first: boolean; readonly last: boolean }): void {
-    const isClosed = this.#open.size === 0 && !microbatch.first && !microbatch.last;
-    if (isClosed && this.#known.has(instructions)) return;
-    for (const i of instructions) if (runsIn(i, { ...microbatch, logged: true })) this.#run(i, at);
-    if (isClosed && this.#open.size === 0) this.#known.add(instructions);
+  /** Runs a block, or the turns of a pair. */
+  run(turns: readonly PlacedTurn[]): void {
+    const [key] = turns.map(({ instructions }) => instructions);
+    const isClosed = this.#open.size === 0 && !turns.some(({ first, last }) => first || last);
+    if (!key || (isClosed && this.#known.has(key))) return;
+    for (const { instructions, at, copy, first, last } of turns)
+      for (const i of instructions) if (runsIn(i, { first, last, logged: true })) this.#run(i, at, copy);
+    if (isClosed && this.#open.size === 0) this.#known.add(key);
+    const names = [...new Set(turns.map(({ at }) => at))].join(" with ");
     for (const i of this.#open.values())
       for (const id of touchedBy(i, this.#buffers))
         invariant(
           isLasting.has(this.#buffers.get(id).kind),
-          () => `${this.#who}: ${i.id} may run after ${at}, and ${id} is gone then: nothing waits for it`,
+          () => `${this.#who}: ${i.id} may run after ${names}, and ${id} is gone then: nothing waits for it`,
         );
   }
 
-  #run(i: Instruction, at: string): void {
+  #run(i: Instruction, at: string, copy: number): void {
     const who = (): string => `${this.#who} at ${i.id}, ${at}`;
     for (const id of i.waits ?? []) {
       const open = this.#open.get(id);
@@ -116,7 +137,7 @@ class Walk {
       else invariant(this.#begun.has(id), () => `${who()} waits for ${id}, which has not begun`);
     }
     const stream = i.kind === "collective" ? i.stream : undefined;
-    for (const other of this.#open.values()) if (other.stream !== stream) this.#expectApart(i, other, who);
+    for (const other of this.#open.values()) if (other.stream !== stream) this.#expectApart(i, copy, other, who);
     if (i.kind === "compute") return;
     const beside = new Set([...this.#open.values()].flatMap((o) => (o.stream && o.stream !== stream ? [o.stream] : [])));
     for (const other of beside) {
@@ -128,6 +149,7 @@ class Walk {
     invariant(!this.#open.has(i.id), () => `${who()} begins again before anything has waited for it`);
     if (!this.#beside.has(stream)) this.#beside.set(stream, new Set());
     this.#open.set(i.id, i);
+    this.#copies.set(i.id, copy);
     this.#begun.add(i.id);
   }
 
@@ -135,11 +157,16 @@ class Walk {
     this.#beside.set(stream, (this.#beside.get(stream) ?? new Set()).add(beside));
   }
 
-  /** Throws an invariant if an instruction and an open collective of another stream touch a buffer that one of them writes. */
-  #expectApart(i: Instruction, open: Collective, who: () => string): void {
+  /**
+   * Throws an invariant if an instruction and an open collective of another stream touch a buffer that one of them writes. Activations of
+   * different copies are different memory.
+   */
+  #expectApart(i: Instruction, copy: number, open: Collective, who: () => string): void {
+    const isOtherCopy = copy !== this.#copies.get(open.id);
+    const isApart = (id: string): boolean => isOtherCopy && this.#buffers.get(id).kind === "activation";
     const written = writesOf(open, this.#buffers);
     const touched = [...touchedBy(open, this.#buffers)];
-    const isIn = (ids: readonly string[], id: string): boolean => ids.some((other) => this.#buffers.overlap(id, other));
+    const isIn = (ids: readonly string[], id: string): boolean => !isApart(id) && ids.some((other) => this.#buffers.overlap(id, other));
     const clash = [
       ...[...touchedBy(i, this.#buffers), ...readsOf(i)].filter((id) => isIn(written, id)),
       ...writesOf(i, this.#buffers).filter((id) => isIn(touched, id)),

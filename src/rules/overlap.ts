@@ -1,6 +1,8 @@
 /** Rules P13x: communication beside compute. */
 import { deviceOf } from "../../schemas/devices.ts";
 import type { Job } from "../../schemas/job.ts";
+import { runsInPairs } from "../passes/schedule.ts";
+import { microbatches } from "./mesh.ts";
 import { type Rule, rule } from "./rule.ts";
 
 /** Returns how many streams of asynchronous collectives a job asks for. */
@@ -156,6 +158,40 @@ export const overlap: readonly Rule[] = [
       };
     },
     bad: "model: {seq: 256}\nparallel: {world: 2, tensor: 2, sequence: true, tensor_overlap: 4}",
+  }),
+  rule({
+    code: "P139",
+    title: "expert_overlap interleave with zero_bubble",
+    why: "In pairs the forward of one microbatch alternates with the whole backward of another. zero_bubble computes gradients of weights in blocks of their own, and orders blocks so that these fill the waits for other stages; its stages cannot run forwards and backwards in pairs.",
+    level: "error",
+    *check({ parallel: p }) {
+      if (p.expert_overlap !== "interleave" || p.schedule !== "zero_bubble") return;
+      yield {
+        at: "parallel.expert_overlap",
+        related: ["parallel.schedule"],
+        found: "expert_overlap interleave with schedule zero_bubble",
+        fix: "use one of the two: shared runs gradients of weights beside the exchanges, without pairs",
+        tries: [{ "parallel.expert_overlap": "shared" }, { "parallel.schedule": "1f1b" }],
+      };
+    },
+    bad: "model: {moe: {experts: 4, top_k: 2, ffn: 16, router: {aux_coeff: 0.01}}}\nparallel: {world: 4, pipeline: 2, expert: 2, schedule: zero_bubble, expert_overlap: interleave}\ntrain: {global_batch: 8}",
+  }),
+  rule({
+    code: "P140",
+    title: "expert_overlap interleave has one microbatch",
+    why: "The forward of a microbatch alternates with the backward of an earlier one. A step of one microbatch has no earlier one, so that nothing alternates.",
+    level: "warning",
+    *check(job) {
+      if (!runsInPairs(job) || microbatches(job) !== 1) return;
+      yield {
+        at: "parallel.expert_overlap",
+        related: ["train.global_batch"],
+        found: "expert_overlap interleave with one microbatch in a step",
+        fix: "use shared, or a smaller micro_batch or a larger global_batch",
+        tries: [{ "parallel.expert_overlap": "shared" }, { "train.global_batch": 2 * job.train.global_batch }],
+      };
+    },
+    bad: "model: {moe: {experts: 4, top_k: 2, ffn: 16, router: {aux_coeff: 0.01}}}\nparallel: {world: 2, expert: 2, expert_overlap: interleave}\ntrain: {global_batch: 2}",
   }),
   rule({
     code: "P133",

@@ -55,6 +55,19 @@ const jobs: readonly (readonly [string, object, object, object])[] = [
     { world: 4, pipeline: 2, virtual_pipeline: 2, expert: 2 },
     { evaluation: { steps: 2 } },
   ],
+  ["pairs of microbatches", { layers: 12, ...moe() }, { world: 4, expert: 2, expert_overlap: "interleave" }, {}],
+  [
+    "pairs in chunks, dropout",
+    { layers: 16, dropout: { hidden: 0.1 }, ...moe() },
+    { world: 8, pipeline: 2, virtual_pipeline: 4, expert: 2, expert_overlap: "interleave" },
+    {},
+  ],
+  [
+    "too few microbatches for pairs on the first stages",
+    { layers: 16, ...moe() },
+    { world: 16, pipeline: 4, virtual_pipeline: 2, expert: 4, expert_overlap: "interleave" },
+    {},
+  ],
   ["groups of three computed again", { layers: 20 }, {}, { recompute: { mode: "full", layers: 3 } }],
   ["five layers computed again", { layers: 20 }, {}, { recompute: { mode: "full", method: "block", layers: 5 } }],
   [
@@ -64,8 +77,8 @@ const jobs: readonly (readonly [string, object, object, object])[] = [
     { recompute: { mode: "selective", modules: ["core_attn", "moe_act", "layernorm"] } },
   ],
 ];
-// of layers without stages, of chunks, of another schedule, of a layout, and of recomputation one
-for (const { options, rows } of byTier(jobs, (_, i) => [1, 6, 7, 9, 11].includes(i)))
+// of layers without stages, of chunks, of another schedule, of a layout, of pairs, and of recomputation one
+for (const { options, rows } of byTier(jobs, (_, i) => [1, 6, 7, 9, 12, 14].includes(i)))
   test.each(rows)("%s", options, (_, model, parallel, train) => {
     const of = job(model, parallel, train);
     const { memory, programs } = compile(of).plan;

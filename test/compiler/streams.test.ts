@@ -1,16 +1,19 @@
 /** Asynchronous collectives: a program whose order does not hold them is refused, and the refusal names ranks, instruction and buffer. */
 import { describe, expect, test } from "vitest";
+import { touchedBy } from "../../schemas/effects.ts";
 import type { Collective, Compute, Instruction, Program } from "../../schemas/plan.ts";
-import { instructionsOf } from "../../schemas/program.ts";
+import { instructionsOf, turnsOf } from "../../schemas/program.ts";
+import { BufferTable } from "../../src/analysis/bufferTable.ts";
 import { compile } from "../../src/compile.ts";
+import { verifyMemory } from "../../src/passes/memory.ts";
 import { verifyPrograms } from "../../src/passes/verify.ts";
 import { jobOf } from "../support/job.ts";
 
-const planOf = (parallel: object, train: object = {}, data: object = {}) =>
+const planOf = (parallel: object, train: object = {}, data: object = {}, model: object = {}) =>
   compile(
     jobOf({
       name: "streams",
-      model: { ...{ layers: 2, hidden: 32, ffn: 48, heads: 4, vocab: 256, seq: 16 }, moe: { experts: 4, top_k: 2, ffn: 16 } },
+      model: { ...{ layers: 2, hidden: 32, ffn: 48, heads: 4, vocab: 256, seq: 16 }, moe: { experts: 4, top_k: 2, ffn: 16 }, ...model },
       parallel,
       train: { global_batch: 8, steps: 1, precision: "fp32", optimizer: { lr: 1e-3 }, ...train },
       data: { path: "corpus.txt", ...data },
@@ -149,6 +152,121 @@ describe("parameters that are gathered in forward", () => {
     const copy = structuredClone(programs) as Program[];
     spoil(copy);
     expect(() => verifyPrograms(copy, mesh)).toThrow(says);
+  });
+});
+
+describe("pairs of microbatches", () => {
+  const pairs = {
+    "one stage": planOf({ world: 4, expert: 4, expert_overlap: "interleave", gradient_bucket: 0.01 }, { global_batch: 16 }),
+    "chunks of two stages": planOf(
+      { world: 8, pipeline: 2, virtual_pipeline: 2, expert: 4, expert_overlap: "interleave" },
+      { global_batch: 16 },
+      {},
+      { layers: 4 },
+    ),
+  };
+  const exchanges = (list: readonly Instruction[]): Collective[] =>
+    list.filter((i): i is Collective => i.kind === "collective" && i.stream === "experts");
+  const broken: Readonly<Record<string, readonly [edit: Edit, says: RegExp]>> = {
+    "nothing waits for an exchange of a forward": [
+      ([p]) => {
+        const { forward } = p!.chunks[0]!;
+        const [first] = exchanges(forward);
+        for (const i of forward) if (i.waits?.includes(first!.id)) delete i.waits;
+      },
+      /stage 0 .* at \S+, F0\S* touches \S+ while \S+ on the stream experts may run: it must wait/,
+    ],
+    "an instruction is in no turn": [
+      ([p]) => p!.pairs![0]!.turns.splice(-1, 1),
+      /stage 0 .*: the pair of forward \d and backward \d has \d+ of \d+ instructions of (forward|backward)/,
+    ],
+    "a pair is stated twice": [
+      ([p]) => p!.pairs!.push(p!.pairs![0]!),
+      /stage 0 .*: the pair of forward \d and backward \d is stated twice/,
+    ],
+    "a pair is not stated": [([p]) => p!.pairs!.pop(), /stage 0 .*: F\S+ is paired with B\S+, and the plan does not state their turns/],
+    "a pair names a chunk that does not exist": [
+      ([p]) => (p!.pairs![0]!.forward = 7),
+      /stage 0 .*: the pair of forward 7 and backward \d names a chunk of \d/,
+    ],
+    "a backward is paired": [
+      ([p]) => (p!.order.find(({ kind }) => kind === "backward")!.paired = true),
+      /stage 0 .*: B\S+ is paired, and (B\S+|F\S+|the step block) follows it; a pair is a forward and a backward/,
+    ],
+    "a forward is paired with the backward of its own microbatch": [
+      ([p]) => {
+        const at = p!.order.findIndex(({ paired }) => paired);
+        p!.order[at + 1]!.microbatch = p!.order[at]!.microbatch;
+      },
+      /stage 0 .*(: F(\S+) is paired with B\S+, which is not of an earlier microbatch|is out of order)/,
+    ],
+    "both blocks of a pair write one buffer": [
+      ([p]) => {
+        const [{ forward, backward } = p!.chunks[0]!] = p!.chunks;
+        const written = forward.flatMap((i) => (i.kind === "compute" ? Object.values(i.writes) : []));
+        const own = written.find((id) => p!.buffers.find((b) => b.id === id)?.kind === "workspace")!;
+        const at = backward.findIndex((i) => i.kind === "compute");
+        const i = backward[at] as Extract<Instruction, { kind: "compute" }>;
+        backward[at] = { ...i, writes: { ...i.writes, [Object.keys(i.writes)[0]!]: own } };
+      },
+      /stage 0 .*: the pair of forward 0 and backward 0: \S+ and \S+ touch \S+, and one of them writes it|reads \S+ before it is written/,
+    ],
+  };
+  describe.each(Object.entries(pairs))("%s", (_, { programs, mesh, memory }) => {
+    const copy = (): Program[] => structuredClone(programs) as Program[];
+    test("the compiled program passes, and the exchanges of a pair have one order on their communicator", () => {
+      expect(() => verifyPrograms(copy(), mesh)).not.toThrow();
+      for (const p of programs) {
+        expect(p.streams?.map(({ name }) => name)).toContain("experts");
+        for (const c of p.chunks)
+          for (const i of [...c.forward, ...c.backward])
+            if (i.kind === "collective" && (i.name === "dispatch" || i.name === "combine")) expect(i.stream).toBe("experts");
+      }
+    });
+    test.each(Object.entries(broken))("%s", (_, [spoil, says]) => {
+      const programs = copy();
+      spoil(programs);
+      expect(() => verifyPrograms(programs, mesh)).toThrow(says);
+    });
+    test("most exchanges of a pair run beside instructions of the other microbatch", () => {
+      for (const p of programs)
+        for (const { forward, backward } of p.pairs!) {
+          const runs = [
+            { kind: "forward", microbatch: 1, chunk: forward },
+            { kind: "backward", microbatch: 0, chunk: backward },
+          ] as const;
+          const all = turnsOf(p, runs).flatMap(({ run, instructions }) => instructions.map((i) => ({ i, kind: run.kind })));
+          const begun = all.flatMap(({ i, kind }, at) => (exchanges([i]).length > 0 ? [{ id: i.id, kind, at }] : []));
+          const hidden = begun.filter(({ id, kind, at }) => {
+            const end = all.findIndex(({ i }) => i.waits?.includes(id));
+            return all.slice(at, end < 0 ? undefined : end).some((other) => other.kind !== kind);
+          });
+          expect(hidden.length).toBeGreaterThanOrEqual(begun.length / 2);
+        }
+    });
+    test("memory where the workspaces of a pair meet is refused", () => {
+      for (const [s, p] of programs.entries()) {
+        const own = memory[s]!;
+        expect(() => verifyMemory(p, own)).not.toThrow();
+        const inBackward = new Set(
+          p.chunks.flatMap(({ backward }) => backward.flatMap((i) => [...touchedBy(i, new BufferTable(p.buffers))])),
+        );
+        const workspace = p.buffers.filter(({ id, kind }) => kind === "workspace" && inBackward.has(id)).map(({ id }) => id);
+        const first = Math.min(...workspace.map((id) => own.offsets[id]!));
+        expect(first).toBeGreaterThan(0);
+        const moved = Object.fromEntries(workspace.map((id) => [id, own.offsets[id]! - first]));
+        expect(() => verifyMemory(p, { ...own, offsets: { ...own.offsets, ...moved } })).toThrow(/overlap/);
+      }
+    });
+  });
+  test("the second microbatch is in the peak: one copy of activations more, and the workspace of a forward beside that of a backward", () => {
+    const [plain, paired] = [{}, { expert_overlap: "interleave" }].map(
+      (own) => planOf({ world: 4, expert: 4, ...own }, { global_batch: 16 }).memory[0]!,
+    );
+    const [copies] = pairs["one stage"].programs[0]!.chunks.map((c) => c.copies);
+    expect(copies).toBe(2);
+    expect(paired!.peak).toBeGreaterThanOrEqual(plain!.peak + paired!.activation[0]!);
+    expect(paired!.workspace).toBeGreaterThan(plain!.workspace);
   });
 });
 

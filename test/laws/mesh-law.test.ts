@@ -568,7 +568,7 @@ const anyJob = fc
       gradient_bucket: oneOf<"none" | number>("none", "none", 0.02, 0.0001),
       parameter_bucket: oneOf<"none" | number>("none", "none", 0.01, 0.0001),
       parameter_gather: oneOf("step", "forward"),
-      expert_overlap: oneOf("none", "shared"),
+      expert_overlap: oneOf("none", "shared", "interleave"),
       tensor_overlap: oneOf<"none" | "backward" | number>("none", "backward", 2),
     }),
     gradient_reduction: oneOf("f32", "f32", "bf16"),
@@ -634,7 +634,12 @@ const anyJob = fc
       const own = {
         ...(layout !== undefined && (drawn.pipeline > 1 || odd) ? { layout } : drawn.pipeline === 1 ? {} : stages),
         ...(drawn.distributed_optimizer ? { optimizer_instances, parameter_bucket, parameter_gather } : {}),
-        ...{ gradient_bucket, ...(experts ? { expert_overlap } : {}), ...(drawn.sequence && drawn.tensor > 1 ? { tensor_overlap } : {}) },
+        // a schedule without bubbles has no pairs
+        ...{
+          gradient_bucket,
+          ...(experts ? { expert_overlap: "schedule" in stages && drawn.pipeline > 1 ? "shared" : expert_overlap } : {}),
+          ...(drawn.sequence && drawn.tensor > 1 ? { tensor_overlap } : {}),
+        },
         ...(gradient_bucket === "none" ? {} : { communication_sms: 8 }),
       };
       const world = drawn.tensor * drawn.pipeline * drawn.context * data;

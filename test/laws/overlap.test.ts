@@ -26,6 +26,15 @@ const planOf = (parallel: object, model: object = {}, over: object = {}, data: o
 /** In MiB: buckets of a few tensors each of these small models. */
 const buckets = { gradient_bucket: 0.004, parameter_bucket: 0.002 };
 const bucketsOf = (parallel: object) => ("distributed_optimizer" in parallel ? buckets : { gradient_bucket: buckets.gradient_bucket });
+/** Leaves out the keys that only say what runs beside what: collectives then run in order. */
+const inOrder = ({
+  expert_overlap: _,
+  tensor_overlap: __,
+  ...parallel
+}: {
+  readonly expert_overlap?: string;
+  readonly tensor_overlap?: unknown;
+}) => parallel;
 const next = random(7);
 const durations = {
   "as short as possible": () => false,
@@ -124,6 +133,55 @@ const cases: Readonly<Record<string, readonly [parallel: object, model?: object,
     { world: 8, tensor: 2, sequence: true, pipeline: 2, virtual_pipeline: 2, expert: 2, tensor_overlap: 2 },
     { layers: 4, seq: 32, moe },
   ],
+  "pairs of microbatches, the forward of one beside the backward of another": [
+    {
+      world: 8,
+      tensor: 2,
+      sequence: true,
+      expert: 2,
+      distributed_optimizer: true,
+      parameter_gather: "forward",
+      expert_overlap: "interleave",
+    },
+    { moe },
+    { global_batch: 12 },
+  ],
+  "pairs on the stages of a pipeline, bf16": [
+    { world: 4, pipeline: 2, expert: 2, expert_overlap: "interleave" },
+    { moe, layers: 4 },
+    { global_batch: 10, precision: "bf16" },
+  ],
+  "pairs of chunks, an odd number of microbatches, tied embeddings": [
+    { world: 8, pipeline: 2, virtual_pipeline: 2, expert: 4, distributed_optimizer: true, expert_overlap: "interleave" },
+    { moe, layers: 4, tie_embeddings: true, dropout: { hidden: 0.1, attention: 0.1 } },
+    { global_batch: 20 },
+  ],
+  "pairs of chunks on four stages": [
+    { world: 8, pipeline: 4, virtual_pipeline: 2, expert: 2, expert_overlap: "interleave" },
+    { moe, layers: 8 },
+    { global_batch: 18 },
+  ],
+  "pairs, recomputed experts, a bias and all balancing losses": [
+    { world: 4, expert: 4, expert_overlap: "interleave" },
+    {
+      moe: {
+        ...moe,
+        router: {
+          score: "sigmoid",
+          expert_bias: true,
+          bias_rate: 0.05,
+          balance: ["seq_aux_loss", "global_aux_loss"],
+          aux_coeff: [0.05, 0.05],
+        },
+      },
+    },
+    { global_batch: 12, recompute: { mode: "selective", modules: ["moe"] } },
+  ],
+  "pairs while the batch grows": [
+    { world: 4, pipeline: 2, expert: 2, expert_overlap: "interleave" },
+    { moe },
+    { global_batch: 16, batch_rampup: { start: 2, increment: 2, samples: 12 } },
+  ],
   "a batch that grows, muon": [
     { world: 2, distributed_optimizer: true },
     {},
@@ -134,16 +192,16 @@ const cases: Readonly<Record<string, readonly [parallel: object, model?: object,
 describe("numbers are those of collectives in order, bit for bit", () => {
   const all = Object.entries(cases).map(([name, c]) => ({ name, c }));
   const inFast = [
-    "the distributed optimizer, bf16",
-    "tensor, sequence and expert parallel",
-    "chunks of a pipeline, tied embeddings",
+    ...["the distributed optimizer, bf16", "tensor, sequence and expert parallel", "chunks of a pipeline, tied embeddings"],
     "gradients of weights beside exchanges between tensor ranks",
+    "pairs of chunks, an odd number of microbatches, tied embeddings",
   ];
   for (const { options, rows } of byTier(all, ({ name }) => inFast.includes(name)))
     test.each(rows)("$name", options, async ({ c: [parallel, model, over] }) => {
-      const { tensor_overlap, ...inOrder }: { tensor_overlap?: unknown } = parallel;
-      const options = { ...parallel, ...bucketsOf(parallel), ...(model && "moe" in model && { expert_overlap: "shared" }) };
-      const [plain, beside] = [planOf(inOrder, model, over), planOf(options, model, over)];
+      const options = { ...(model && "moe" in model && { expert_overlap: "shared" }), ...parallel, ...bucketsOf(parallel) };
+      const { tensor_overlap }: { tensor_overlap?: unknown } = parallel;
+      const [plain, beside] = [planOf(inOrder(parallel), model, over), planOf(options, model, over)];
+      if ("expert_overlap" in parallel) expect(beside.programs.some(({ pairs }) => pairs)).toBe(true);
       const asynchronous = beside.programs.flatMap((p) => instructionsOf(p)).filter((i) => i.kind === "collective" && i.stream);
       expect(asynchronous.length).toBeGreaterThanOrEqual(2);
       const isOfTensor = asynchronous.some((i) => i.kind === "collective" && i.stream === "tensor");

@@ -1,6 +1,7 @@
 /** Schedules: each block runs once, the bubble and the activations in flight are those of the literature; and layouts of stages. */
 import fc from "fast-check";
 import { describe, expect, test } from "vitest";
+import { groupsOf } from "../../schemas/program.ts";
 import { layersOf, pipelineOf, readLayout } from "../../src/passes/pipelineStages.ts";
 import { bubbleOf, schedule, timesOf } from "../../src/passes/schedule.ts";
 import { drawSchedule } from "../../src/report/schedulePicture.ts";
@@ -8,7 +9,7 @@ import { blockRuns } from "../support/blockRuns.ts";
 import { jobOf } from "../support/job.ts";
 import { full } from "../support/tiers.ts";
 
-type Kind = "1f1b" | "zero_bubble";
+type Kind = "1f1b" | "zero_bubble" | "pairs";
 const jobWith = (stages: number, microbatches: number, chunks: number, kind: Kind) => {
   const job = jobOf({
     name: "order",
@@ -17,7 +18,8 @@ const jobWith = (stages: number, microbatches: number, chunks: number, kind: Kin
     train: { micro_batch: 1, global_batch: microbatches, steps: 1, optimizer: { lr: 1e-3 } },
     data: { path: "corpus.txt" },
   });
-  return { ...job, parallel: { ...job.parallel, virtual_pipeline: chunks, schedule: kind } };
+  const asked = kind === "pairs" ? ({ expert: 2, expert_overlap: "interleave" } as const) : { schedule: kind };
+  return { ...job, parallel: { ...job.parallel, virtual_pipeline: chunks, ...asked } };
 };
 const played = (stages: number, microbatches: number, chunks: number, kind: Kind) => {
   const all = schedule(jobWith(stages, microbatches, chunks, kind), chunks);
@@ -54,13 +56,46 @@ describe("bubbles, of units where a forward is one", () => {
         expect(bubbleOf(played(p, m, 1, "zero_bubble").pieces)).toBeCloseTo((p - 1) / (3 * m + p - 1), 12);
       }),
     ));
+  // a pair takes as long as its blocks, and a microbatch passes a stage later by a pair on its way there and back
+  test("pairs: that of 1F1B, where there are microbatches enough", () =>
+    fc.assert(
+      fc.property(sizes, ({ stages: p, microbatches: m }) => {
+        fc.pre(m >= 2 * p - 1);
+        expect(bubbleOf(played(p, m, 1, "pairs").pieces)).toBeCloseTo((p - 1) / (m + p - 1), 12);
+      }),
+    ));
 });
+
+test("a pair is a forward and the backward of an earlier microbatch; all runs but the first and the last of a stage are in pairs", () =>
+  fc.assert(
+    fc.property(sizes, fc.integer({ min: 1, max: 4 }), ({ stages, microbatches }, v) => {
+      const chunks = stages === 1 ? 1 : v;
+      const { all } = played(stages, microbatches, chunks, "pairs");
+      for (const [stage, { order }] of all.entries()) {
+        const groups = groupsOf(order);
+        expect(groups.flat()).toEqual(order);
+        for (const group of groups.filter(({ length }) => length === 2)) {
+          const [first, second] = group;
+          expect([first?.kind, second?.kind]).toEqual(["forward", "backward"]);
+          expect(second!.microbatch).toBeLessThan(first!.microbatch);
+        }
+        const kinds = groups.map((group) => (group.length === 2 ? "P" : group[0]!.kind[0])).join("");
+        expect(kinds).toMatch(/^f+P*b+$/);
+        if (chunks === 1)
+          expect(groups.filter(({ length }) => length === 2)).toHaveLength(Math.max(0, microbatches - 2 * (stages - stage) + 1));
+      }
+    }),
+  ));
 
 test("every block runs once, in the order of microbatches, without deadlock", () => {
   const each = (n: number) => Array.from({ length: n }, (_, i) => i);
-  const cases = each(6).flatMap((p) => each(16).flatMap((m) => each(4).map((v) => [p + 1, m + 1, v] as const)));
-  for (const [stages, microbatches, v] of cases) {
-    const [kind, chunks]: [Kind, number] = v === 0 ? ["zero_bubble", 1] : ["1f1b", stages === 1 ? 1 : v];
+  const forms: readonly (readonly [Kind, number])[] = [
+    ["zero_bubble", 1],
+    ...(["1f1b", "pairs"] as const).flatMap((kind) => [1, 2, 3].map((v) => [kind, v] as const)),
+  ];
+  const cases = each(6).flatMap((p) => each(16).flatMap((m) => forms.map((form) => [p + 1, m + 1, form] as const)));
+  for (const [stages, microbatches, [kind, v]] of cases) {
+    const chunks = stages === 1 ? 1 : v;
     const { all, pieces } = played(stages, microbatches, chunks, kind);
     const kinds = kind === "zero_bubble" ? ["forward", "backward", "weights"] : ["forward", "backward"];
     for (const [stage, { order }] of all.entries()) {
@@ -83,6 +118,16 @@ describe("microbatches in flight", () => {
     expect(inFlight(4, 16, 1, "1f1b")).toEqual([[4], [3], [2], [1]]);
     expect(inFlight(4, 2, 1, "1f1b")).toEqual([[2], [2], [2], [1]]);
   });
+  test("pairs: twice as many as under 1F1B, because a microbatch waits for a pair at each stage", () => {
+    expect(inFlight(4, 16, 1, "pairs")).toEqual([[8], [6], [4], [2]]);
+    expect(inFlight(1, 16, 1, "pairs")).toEqual([[2]]);
+    expect(inFlight(1, 1, 1, "pairs")).toEqual([[1]]);
+  });
+  test("pairs of chunks: at most one more than interleaved", () =>
+    expect(inFlight(2, 8, 2, "pairs")).toEqual([
+      [4, 2],
+      [4, 2],
+    ]));
   test("zero-bubble: no stage more than the first one under 1F1B", () => {
     for (const copies of inFlight(4, 16, 1, "zero_bubble").flat()) expect(copies).toBeLessThanOrEqual(4);
   });

@@ -45,6 +45,7 @@ const overlaps: Readonly<Record<string, { readonly parallel: object; readonly st
     streams: ["parameters"],
   },
   "shared experts beside exchanges": { parallel: { expert_overlap: "shared" }, streams: ["experts"] },
+  "two microbatches in pairs": { parallel: { expert_overlap: "interleave" }, streams: ["experts"] },
   "all of them": {
     parallel: { gradient_bucket: 40, parameter_bucket: 20, parameter_gather: "forward", expert_overlap: "shared", communication_sms: 16 },
     streams: ["experts", "gradients", "parameters"],

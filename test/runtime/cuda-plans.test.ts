@@ -113,6 +113,16 @@ describe.skipIf(noCompiler)(`plans with stand-ins for the driver and NCCL${noCom
       { seq: 64, hidden: 64 },
       { precision: "bf16" },
     ],
+    "pairs of microbatches, with buckets, bf16": [
+      { world: 4, expert: 4, distributed_optimizer: true, gradient_bucket: 0.004, expert_overlap: "interleave" },
+      { moe },
+      { precision: "bf16" },
+    ],
+    "pairs of chunks": [
+      { world: 8, pipeline: 2, virtual_pipeline: 2, expert: 4, expert_overlap: "interleave" },
+      { moe, layers: 4 },
+      { global_batch: 12 },
+    ],
     "buckets of gradients in the gaps of a pipeline": [
       { world: 4, pipeline: 2, schedule: "zero_bubble", gradient_bucket: 0.001 },
       { tie_embeddings: true },
@@ -126,6 +136,7 @@ describe.skipIf(noCompiler)(`plans with stand-ins for the driver and NCCL${noCom
   } as const satisfies Record<string, readonly [object, object, object?]>;
   const inFast = [
     "a pipeline with tied embeddings",
+    "pairs of microbatches, with buckets, bf16",
     "buckets of gradients and parameters, and shared experts, beside exchanges on streams of their own, bf16",
   ];
   for (const { options, rows } of byTier(Object.entries(meshes), ([name]) => inFast.includes(name)))

@@ -4,21 +4,28 @@
  */
 
 import { itemOf } from "../../../schemas/lookup.ts";
-import type { BlockRun, Plan } from "../../../schemas/plan.ts";
+import type { BlockRun, Plan, Program } from "../../../schemas/plan.ts";
+import { groupsOf } from "../../../schemas/program.ts";
 import { invariant } from "../../ops/op.ts";
 import { stagesOf } from "../stages.ts";
 import { awaitCollectives, type BlockRunTimes, runBlock, runInstruction } from "./blockRun.ts";
+import { type MemberTimes, memberTimesOf, pairedBlock } from "./pairedBlock.ts";
 import { type PendingWork, StageClock } from "./stageClock.ts";
 import { blockTimer, type CommunicationClass, type TimedBlock, type TimedInstruction, type TimingOptions } from "./timedBlocks.ts";
 import { activities, PartSums, type TimeParts } from "./timeParts.ts";
 
-/** A block run with its times in seconds from the begin of the step. */
+/**
+ * A block run with its times in seconds from the begin of the step. Of a pair the forward stands before the backward, with the time of the
+ * pair in proportion to their kernels; their instructions alternate.
+ */
 export interface SimulatedRun {
   readonly run: BlockRun;
   readonly start: number;
   readonly end: number;
   readonly block: TimedBlock;
-  readonly times: BlockRunTimes;
+  /** When the clock of `times` began: with the block run, or with its pair. */
+  readonly origin: number;
+  readonly times: Pick<BlockRunTimes, "seconds" | "times">;
 }
 
 /** The simulated step of one stage. */
@@ -43,6 +50,8 @@ export interface StageBlocks {
   readonly stage: number;
   readonly order: readonly BlockRun[];
   readonly blocks: readonly TimedBlock[];
+  /** The instructions of the blocks, and the turns of pairs. */
+  readonly program: Pick<Program, "chunks" | "pairs">;
   /** Returns the peer of this stage for a peer that the blocks name; default: that one. */
   readonly peerOf?: (named: number) => number;
 }
@@ -75,32 +84,47 @@ class Mail {
   }
 }
 
-/** The runs of each block that were simulated, by the communication that earlier blocks left. */
-type Replays = Map<TimedBlock, Map<string, BlockRunTimes>>;
+/** A simulated block, and the times of the blocks that it consists of. */
+interface Replay {
+  readonly times: BlockRunTimes;
+  readonly members: readonly MemberTimes[];
+}
+/** What stages with equal blocks share. */
+class Simulated {
+  /** The runs of each block that were simulated, by the communication that earlier blocks left. */
+  readonly replays = new Map<TimedBlock, Map<string, Replay>>();
+  /** The block of each pair, by its forward and its backward. */
+  readonly pairs = new Map<TimedBlock, Map<TimedBlock, TimedBlock>>();
+}
 
 /** A stage while it is simulated. */
 class StageRun {
   readonly stage: number;
   readonly #blocks: readonly TimedBlock[];
-  readonly #order: readonly BlockRun[];
+  /** The block runs, each alone or two that are paired. */
+  readonly #groups: readonly (readonly BlockRun[])[];
+  readonly #program: StageBlocks["program"];
   readonly #peerOf: (named: number) => number;
   /** The number of the last microbatch. */
   readonly #last: number;
   readonly #options: TimingOptions;
   readonly #mail: Mail;
-  readonly #replays: Replays;
+  readonly #simulated: Simulated;
   /** How often each replay ran. */
   readonly #counts = new Map<BlockRunTimes, number>();
   readonly runs: SimulatedRun[] = [];
   readonly parts = new PartSums();
   /** Set when all block runs are over: the clock of the step block. */
   step: StepRun | undefined;
+  /** How many groups have run. */
+  #next = 0;
   #clock = 0;
   #pending: readonly PendingWork[] = [];
 
-  constructor({ stage, blocks, order, peerOf = (peer) => peer }: StageBlocks, options: TimingOptions, mail: Mail, replays: Replays) {
-    [this.stage, this.#blocks, this.#order, this.#peerOf] = [stage, blocks, order, peerOf];
-    [this.#options, this.#mail, this.#replays] = [options, mail, replays];
+  constructor({ peerOf = (peer) => peer, order, ...own }: StageBlocks, options: TimingOptions, mail: Mail, simulated: Simulated) {
+    [this.stage, this.#blocks, this.#program, this.#peerOf] = [own.stage, own.blocks, own.program, peerOf];
+    [this.#options, this.#mail, this.#simulated] = [options, mail, simulated];
+    this.#groups = groupsOf(order);
     this.#last = order.reduce((last, { microbatch }) => Math.max(last, microbatch), 0);
   }
 
@@ -110,9 +134,12 @@ class StageRun {
 
   /** Runs blocks until one lacks a message. Returns whether any ran. */
   advance(): boolean {
-    const before = this.runs.length;
-    for (let run = this.#order[this.runs.length]; run; run = this.#order[this.runs.length]) if (!this.#start(run)) break;
-    if (this.runs.length === this.#order.length && !this.step) {
+    const before = this.#next;
+    for (let group = this.#groups[this.#next]; group; group = this.#groups[this.#next]) {
+      if (!this.#start(group)) break;
+      this.#next++;
+    }
+    if (this.#next === this.#groups.length && !this.step) {
       const block = this.#blocks.find(({ kind }) => kind === "step");
       invariant(block !== undefined, () => `stage ${this.stage} has no step block`);
       for (const [{ parts }, times] of this.#counts) this.parts.addAll(parts, times);
@@ -120,23 +147,34 @@ class StageRun {
       this.step = new StepRun({ stage: this.stage, peerOf: this.#peerOf, block, clock, mail: this.#mail });
       return true;
     }
-    return this.runs.length > before;
+    return this.#next > before;
   }
 
-  #start(run: BlockRun): boolean {
+  /** Returns the block of a run; one without instructions takes no time. */
+  #blockOf({ kind, chunk, microbatch }: BlockRun): TimedBlock {
     // those of the first and of the last microbatch stand before the others
-    const block = this.#blocks.find(
-      ({ kind, chunk, isFirst, isLast }) =>
-        kind === run.kind && chunk === run.chunk && (!isFirst || run.microbatch === 0) && (!isLast || run.microbatch === this.#last),
+    const found = this.#blocks.find(
+      (b) => b.kind === kind && b.chunk === chunk && (!b.isFirst || microbatch === 0) && (!b.isLast || microbatch === this.#last),
     );
-    if (!block) {
-      // a block without instructions takes no time
-      const empty: TimedBlock = { kind: run.kind, chunk: run.chunk, isFirst: false, isLast: false, instructions: [], launches: 0 };
-      const times = runBlock(empty, [], 0);
-      this.runs.push({ run, start: this.#clock, end: this.#clock, block: empty, times });
-      return true;
-    }
-    const times = this.#replay(block);
+    return found ?? { kind, chunk, isFirst: false, isLast: false, instructions: [], launches: 0 };
+  }
+
+  /** Returns the block of a group of block runs: always the same object for the same blocks. */
+  #groupOf(group: readonly BlockRun[], blocks: readonly TimedBlock[]): TimedBlock {
+    const first = itemOf(blocks, 0, "block");
+    const [, second] = blocks;
+    if (!second) return first;
+    const own = this.#simulated.pairs.get(first) ?? new Map<TimedBlock, TimedBlock>();
+    this.#simulated.pairs.set(first, own);
+    const known = own.get(second) ?? pairedBlock(this.#program, group, blocks);
+    own.set(second, known);
+    return known;
+  }
+
+  #start(group: readonly BlockRun[]): boolean {
+    const blocks = group.map((run) => this.#blockOf(run));
+    const block = this.#groupOf(group, blocks);
+    const { times, members } = this.#replay(block, blocks);
     let [transfer, idle, travelling] = [0, 0, 0];
     const received = new Map<string, number>();
     for (const { kind, peer: named, channel, ready, seconds } of times.messages) {
@@ -167,19 +205,26 @@ class StageRun {
     this.parts.addExposed("pp", transfer, transfers);
     if (transfers) this.parts.addHidden(transfers, activities.earlierBlocks, travelling - transfer);
     this.parts.bubble += idle;
-    this.runs.push({ run, start, end, block, times });
+    let from = start;
+    for (const [n, run] of group.entries()) {
+      const { share, times: own } = itemOf(members, n, "member");
+      const to = n === group.length - 1 ? end : from + share * times.seconds;
+      const common = { block: itemOf(blocks, n, "block"), origin: start, times: { seconds: times.seconds, times: own } };
+      this.runs.push({ run, start: from, end: to, ...common });
+      from = to;
+    }
     this.#pending = times.tail.map((p) => ({ ...p, start: p.start + start, end: p.end + start }));
     this.#clock = end;
     return true;
   }
 
   /** Simulates a block, once for each state of the communication that earlier blocks left. */
-  #replay(block: TimedBlock): BlockRunTimes {
+  #replay(block: TimedBlock, blocks: readonly TimedBlock[]): Replay {
     const pending = this.#pending
       .filter(({ end }) => end > this.#clock)
       .map((p) => ({ ...p, start: p.start - this.#clock, end: p.end - this.#clock }));
-    const own = this.#replays.get(block) ?? new Map<string, BlockRunTimes>();
-    this.#replays.set(block, own);
+    const own = this.#simulated.replays.get(block) ?? new Map<string, Replay>();
+    this.#simulated.replays.set(block, own);
     const key = pending.map(({ stream, id, axes, end }) => `${stream}/${id}/${axes}/${end.toFixed(9)}`).join();
     const known = own.get(key);
     if (known) return known;
@@ -187,8 +232,9 @@ class StageRun {
     const { host_us, host_ahead_us = host_us } = profile.kernels;
     const hostSeconds = assumed?.captured ? 0 : 1e-6 * (assumed?.runsAhead ? host_ahead_us : host_us);
     const times = runBlock(block, pending, hostSeconds);
-    own.set(key, times);
-    return times;
+    const replay = { times, members: memberTimesOf(block, blocks, times) };
+    own.set(key, replay);
+    return replay;
   }
 }
 
@@ -281,15 +327,15 @@ class StepRun {
 /** Simulates a step of a plan. `timer` times the blocks of a stage. */
 export const simulate = (plan: Plan, options: TimingOptions, timer = blockTimer(plan, options)): Simulation =>
   simulateStages(
-    stagesOf(plan).map(({ program, memory }) => ({ stage: program.stage, order: program.order, blocks: timer(program, memory) })),
+    stagesOf(plan).map(({ program, memory }) => ({ stage: program.stage, order: program.order, blocks: timer(program, memory), program })),
     options,
   );
 
 /** Simulates a step of stages. Throws an invariant if they wait for each other for ever: `verify` excludes such plans. */
 export function simulateStages(stages: readonly StageBlocks[], options: TimingOptions): Simulation {
   const mail = new Mail();
-  const replays: Replays = new Map();
-  const all = stages.map((stage) => new StageRun(stage, options, mail, replays));
+  const simulated = new Simulated();
+  const all = stages.map((stage) => new StageRun(stage, options, mail, simulated));
   for (let moved = true; moved; ) {
     moved = false;
     for (const stage of all) moved = (stage.step ? stage.step.advance() : stage.advance()) || moved;

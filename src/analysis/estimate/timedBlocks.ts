@@ -283,6 +283,28 @@ class LazyTouch implements MemoryTouch {
   }
 }
 
+/** Returns an instruction that works on another activation copy: in a pair, the microbatches have different ones. */
+export const inOtherCopy = (i: TimedInstruction): TimedInstruction => ({ ...i, touch: new OtherCopy(i.touch) });
+
+/** The memory of an instruction in another activation copy, behind all arenas. */
+class OtherCopy implements MemoryTouch {
+  private readonly own: MemoryTouch;
+
+  constructor(own: MemoryTouch) {
+    this.own = own;
+  }
+  get reads(): readonly MemorySpan[] {
+    return moved(this.own.reads);
+  }
+  get writes(): readonly MemorySpan[] {
+    return moved(this.own.writes);
+  }
+}
+const activations = ARENA * (1 + arenas.indexOf("activation"));
+const behind = ARENA * (1 + arenas.length);
+const moved = (spans: readonly MemorySpan[]): MemorySpan[] =>
+  spans.map(([from, to]) => (from >= activations && from < activations + ARENA ? [from + behind, to + behind] : [from, to]));
+
 /** Returns a function from the id of a buffer to its place in memory. */
 function spansOf(program: Program, memory: Memory, buffers: BufferTable): (id: string) => MemorySpan {
   const known = new Map<string, MemorySpan>();

@@ -23,7 +23,7 @@ export function* timingsOfRank(rank: number, { runs, step, stepTimes }: Simulate
       };
     }
   }
-  for (const { block, times, start } of runs) yield* of(block, times.times, start);
+  for (const { block, times, origin } of runs) yield* of(block, times.times, origin);
   yield* of(step, stepTimes, 0);
 }
 

@@ -13,10 +13,16 @@ import { ops } from "../../ops/index.ts";
 import type { Mesh } from "../mesh.ts";
 import { withWaits } from "./buckets.ts";
 
-/** Returns a program in which shared experts and gradients of weights run beside dispatch and combine. */
-export function overlapExperts(program: Program, mesh: Mesh): Program {
+/**
+ * Returns a program in which shared experts and gradients of weights run beside dispatch and combine. `all`: all collectives of the groups
+ * of experts are asynchronous, also those beside which this block has nothing to run.
+ */
+export function overlapExperts(program: Program, mesh: Mesh, all: boolean): Program {
   const buffers = new BufferTable(program.buffers);
-  const arranged = (block: readonly Instruction[]): Instruction[] => withWaits(arrange(block, buffers, mesh), [], buffers);
+  const arranged = (block: readonly Instruction[]): Instruction[] => {
+    const moved = arrange(block, buffers, mesh);
+    return withWaits(all ? withStream(moved) : moved, [], buffers);
+  };
   const chunks = program.chunks.map((c): Chunk => ({ ...c, forward: arranged(c.forward), backward: arranged(c.backward) }));
   return { ...program, chunks };
 }
@@ -54,6 +60,12 @@ export function dependenciesOf(block: readonly Instruction[], buffers: BufferTab
 }
 
 const isExchange = (i: Instruction): i is Collective => i.kind === "collective" && (i.name === "dispatch" || i.name === "combine");
+/** Returns a block whose collectives are asynchronous if they are of the group of an exchange: that group has one order of collectives. */
+function withStream(block: readonly Instruction[]): Instruction[] {
+  const groupOf = ({ subAxes }: Collective): string => subAxes.toSorted((a, b) => a - b).join();
+  const groups = new Set(block.flatMap((i) => (isExchange(i) ? [groupOf(i)] : [])));
+  return block.map((i) => (i.kind === "collective" && !i.world && groups.has(groupOf(i)) ? { ...i, stream: "experts" } : i));
+}
 /** Returns whether an instruction computes gradients of weights and nothing else. */
 export const isWeightGradient = (i: Instruction, buffers: BufferTable): boolean =>
   i.kind === "compute" && ops[i.op].flops !== undefined && Object.values(i.writes).every((id) => buffers.get(id).kind === "gradient");

@@ -44,9 +44,11 @@ function secondsOf(plan: Plan, profile: DeviceProfile): TimelineView {
   };
 }
 
-/** Returns the slots of the instructions of each block, by its last run: later runs are alike. */
+/** Returns the slots of the instructions of each block, by its last run that is alone: later runs are alike, and those of a pair alternate. */
 function slotsOf({ runs, stepTimes }: SimulatedStage, seconds: number): BlockSlots[] {
-  const last = new Map(runs.map((run) => [`${run.run.kind} ${run.run.chunk}`, run]));
+  const isPaired = (at: number): boolean => runs[at]?.run.paired === true || runs[at - 1]?.run.paired === true;
+  const alone = runs.filter((_, at) => !isPaired(at));
+  const last = new Map([...runs, ...alone].map((run) => [`${run.run.kind} ${run.run.chunk}`, run]));
   const begin = runs.at(-1)?.end ?? 0;
   return [
     ...[...last.values()].map(({ run: { kind, chunk }, times }) => ({ kind, chunk, times: shares(times.times, 0, times.seconds) })),
