@@ -162,6 +162,7 @@ function roleFacts(role: RoleView | undefined): Facts {
   );
   add("parameters", "count", role.parameters.elements);
   add("microbatches", "count", role.microbatches);
+  add("pairs of forward and backward", "count", role.pairs);
   add("instructions a step", "count", role.instructions.per_step);
   const { memory } = role;
   for (const kind of [...memoryKinds, "peak"] as const) add(`memory ${kind}`, "bytes", memory[kind]);

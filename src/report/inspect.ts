@@ -76,6 +76,8 @@ export interface RoleView {
   readonly mtp: readonly number[];
   readonly ranks: readonly number[];
   readonly microbatches: number;
+  /** How often a step runs a forward and a backward as a pair. */
+  readonly pairs: number;
   readonly instructions: { readonly [P in BlockPhase]: number } & { readonly per_step: number };
   readonly parameters: { readonly tensors: number; readonly elements: number };
   /** Memory in bytes; the parts sum to the peak. */
@@ -209,6 +211,7 @@ function roleView({ mesh }: Plan, { program, memory }: StageOfPlan): RoleView {
     mtp: mtpDepthsOf(program),
     ranks: Array.from({ length: mesh.per_stage }, (_, n) => rankAt(mesh, program.stage, n)),
     microbatches,
+    pairs: program.order.filter(({ paired }) => paired).length,
     instructions: each(() => 1),
     parameters: {
       tensors: program.parameters.length,

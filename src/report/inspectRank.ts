@@ -1,6 +1,6 @@
 /** The view of one rank: its coordinates, its groups and its program. */
 import type { Plan } from "../../schemas/plan.ts";
-import { blocksOf, blockTag } from "../../schemas/program.ts";
+import { blocksOf, blockTag, groupsOf } from "../../schemas/program.ts";
 import { groupMembers, numberInStage, rankAt, rankCoordinate, stageOfRank, subAxisOf } from "../../schemas/sharding.ts";
 import { programOf } from "../analysis/stages.ts";
 import { denseAxes, expertAxes, type GridAxis } from "../passes/mesh.ts";
@@ -47,7 +47,7 @@ export function inspectRank(plan: Plan, rank: number): RankInspection {
       times: timesText(block),
       lines: blockLines(program, block).map((line) => line.text),
     })),
-    order: program.order.map((run) => blockTag(run, program.chunks.length)),
+    order: groupsOf(program.order).map((group) => group.map((run) => blockTag(run, program.chunks.length)).join("+")),
   };
 }
 

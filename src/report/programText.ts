@@ -1,5 +1,5 @@
 /** Formats programs, one line per instruction: id, operation, local shapes, bytes, and the origin of collectives. */
-import type { Buffer, Instruction, Program } from "../../schemas/plan.ts";
+import type { Buffer, Instruction, Pair, Program } from "../../schemas/plan.ts";
 import { type Block, blocksOf, microbatchBlocks } from "../../schemas/program.ts";
 import { type BufferTable, buffersOf } from "../analysis/bufferTable.ts";
 import { collapseLayers, formFrom, formOf, type Line, layerOf } from "../analysis/layerNames.ts";
@@ -47,7 +47,7 @@ export const printProgram = (program: Program): string[] => programLines(program
 /** Returns the lines of `printProgram`. */
 export function programLines(program: Program): Line[] {
   const printed = new Map<Block["kind"], { readonly chunk: number; readonly form: string }>();
-  return blocksOf(program).flatMap((block) => {
+  const blocks = blocksOf(program).flatMap((block) => {
     const { kind, chunk, instructions } = block;
     const head = `${blockName(block, program)}, ${timesText(block)}: ${instructions.length} instructions`;
     const lines = collapseLayers(blockLines(program, block));
@@ -58,6 +58,17 @@ export function programLines(program: Program): Line[] {
     printed.set(kind, { chunk, form });
     return [plain(head), ...lines, plain("")];
   });
+  const pairs = (program.pairs ?? []).map((pair) => plain(pairText(pair, program)));
+  return [...blocks, ...pairs, ...(pairs.length > 0 ? [plain("")] : [])];
+}
+
+/** The turns of a pair that are printed. */
+const SHOWN_TURNS = 8;
+/** Formats how a forward and a backward alternate. */
+function pairText({ forward, backward, turns }: Pair, { chunks }: Pick<Program, "chunks">): string {
+  const of = (chunk: number): string => (chunks.length > 1 ? ` of chunk ${chunk}` : "");
+  const shown = turns.slice(0, SHOWN_TURNS).join(" ");
+  return `pair: forward${of(forward)} and backward${of(backward)} of an earlier microbatch, ${plural(turns.length, "turn")} of instructions: ${shown}${turns.length > SHOWN_TURNS ? " …" : ""}`;
 }
 /** A line that is not about a layer. */
 const plain = (text: string): Line => ({ text, layer: undefined, form: text });

@@ -31,13 +31,14 @@ function longestTag(order: readonly BlockRun[], chunks: number): number {
 export function drawSchedule(orders: readonly (readonly BlockRun[])[], chunks: number, widest = 100): SchedulePicture {
   const stages = timesOf(orders, chunks);
   const units = durationOf(stages);
-  const width = largest(orders, (order) => longestTag(order, chunks), 2) + 1;
+  const isPaired = orders.some(hasPairs);
+  const width = largest(orders, (order) => longestTag(order, chunks), 2) + (isPaired ? 2 : 1);
   const shown = Math.max(6, Math.floor(widest / width));
   const cut = units > shown ? { from: Math.ceil(shown / 2), to: units - Math.floor(shown / 2) + 1 } : undefined;
   const rows = stages.map((lanes, stage) => {
     const cells = Array.from({ length: units }, () => ".");
     for (const { run, start, end } of lanes) {
-      const tag = blockTag(run, chunks);
+      const tag = blockTag(run, chunks) + (run.paired ? "+" : "");
       for (let t = start; t < end; t++) cells[t] = t === start ? tag : "-".repeat(tag.length);
     }
     const visible = cut ? [...cells.slice(0, cut.from), "…", ...cells.slice(cut.to)] : cells;
@@ -45,9 +46,11 @@ export function drawSchedule(orders: readonly (readonly BlockRun[])[], chunks: n
   });
   if (cut) rows.push(`(units ${cut.from}..${cut.to - 1} of ${units} are left out at …)`);
   const split = orders.some((order) => order.some(({ kind }) => kind === "weights"));
-  const legend = `F forward one unit, B backward ${split ? "of inputs one, W of weights one" : "two"}${chunks > 1 ? "; .c is the chunk" : ""}`;
+  const legend = `F forward one unit, B backward ${split ? "of inputs one, W of weights one" : "two"}${chunks > 1 ? "; .c is the chunk" : ""}${isPaired ? "; + alternates with the next" : ""}`;
   return { rows, legend, units, bubble: bubbleOf(stages) };
 }
+
+const hasPairs = (order: readonly BlockRun[]): boolean => order.some(({ paired }) => paired);
 
 /** The share of a column that one kind must fill to have its letter, and that must be idle for a dot. */
 const MOSTLY = { kind: 0.9, idle: 0.5 } as const;

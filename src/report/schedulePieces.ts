@@ -90,9 +90,9 @@ function withAxis(lines: readonly string[], { stages, units, scale, clock }: Axi
 
 function drawPieces(lanes: StagePieces, units: number, chunks: number, clock: PictureClock): Drawn {
   const unit = Math.min(40, WIDE / units);
-  const piece = (stage: number, { run: { kind, microbatch, chunk }, start, end }: DrawnPiece): string => {
+  const piece = (stage: number, { run: { kind, microbatch, chunk, paired }, start, end }: DrawnPiece): string => {
     const [x, y, w] = [LEFT + start * unit, stage * ROW, (end - start) * unit];
-    const what = `microbatch ${microbatch}${chunks > 1 ? `, chunk ${chunk}` : ""}: ${kind}, ${clock.range(start, end)}`;
+    const what = `microbatch ${microbatch}${chunks > 1 ? `, chunk ${chunk}` : ""}: ${kind}, ${clock.range(start, end)}${paired ? "; alternates with the backward after it" : ""}`;
     const shade = chunk % colours[kind].length;
     const isWide = kind !== "step" && w > 7 * String(microbatch).length + 2;
     const label = isWide

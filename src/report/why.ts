@@ -4,8 +4,8 @@ import type { DeviceProfile } from "../../schemas/deviceProfile.ts";
 import { devices } from "../../schemas/devices.ts";
 import { bytesOf } from "../../schemas/dtypes.ts";
 import { readsOf } from "../../schemas/effects.ts";
-import type { Buffer, Collective, Instruction, Plan, Program } from "../../schemas/plan.ts";
-import { type Block, blocksOf, instructionsOf, timesIn } from "../../schemas/program.ts";
+import type { BlockRun, Buffer, Collective, Instruction, Plan, Program } from "../../schemas/plan.ts";
+import { type Block, blocksOf, groupsOf, instructionsOf, timesIn } from "../../schemas/program.ts";
 import { elementsOf } from "../../schemas/sharding.ts";
 import { type BufferTable, buffersOf } from "../analysis/bufferTable.ts";
 import { costOf } from "../analysis/cost.ts";
@@ -163,7 +163,7 @@ function sendWhy(plan: Plan, placed: PlacedInstruction): Rest {
     what: isCollective
       ? `${instruction.name}${instruction.name === instruction.how ? "" : ` (${instruction.how})`} over ${instruction.axes}`
       : `${instruction.kind} ${instruction.kind === "send" ? "to" : "from"} stage ${instruction.peer}`,
-    because: becauseOf(instruction),
+    because: [...becauseOf(instruction), ...besideText(placed)],
     key: { path: why.path, value: keyValue(plan, why.path) },
     ...shardingOf(layoutText(plan, from), to && layoutText(plan, to)),
     shapes: `${from.dtype} ${shapeText(from)}${to ? ` -> ${shapeText(to)}` : ""}`,
@@ -175,6 +175,17 @@ function sendWhy(plan: Plan, placed: PlacedInstruction): Rest {
     share: total / Math.max(1, sent),
     removed_by: curesOf(plan.job, instruction),
   };
+}
+
+/** Says what runs beside an asynchronous collective of a block that runs in pairs. */
+function besideText({ program, block, instruction }: PlacedInstruction): string[] {
+  if (instruction.kind !== "collective" || !instruction.stream) return [];
+  const isHere = (run: BlockRun): boolean => run.kind === block.kind && run.chunk === block.chunk;
+  const runs = groupsOf(program.order).filter((group) => group.some(isHere));
+  const paired = runs.filter((group) => group.length > 1).length;
+  if (paired === 0) return [];
+  const other = block.kind === "forward" ? "the backward of an earlier microbatch" : "the forward of a later microbatch";
+  return [`it runs beside ${other} in ${paired} of ${runs.length} block runs of a step (parallel.expert_overlap)`];
 }
 
 /** Lists of rows are exchanged as plain buffers: their layout does not change. */

@@ -4,6 +4,7 @@ import type { Job } from "../../schemas/job.ts";
 import type { Buffer, Collective, Compute, Instruction } from "../../schemas/plan.ts";
 import type { Block } from "../../schemas/program.ts";
 import { isComputedAgain, moduleOf } from "../analysis/idParts.ts";
+import { runsInPairs } from "../passes/schedule.ts";
 
 /** Changes of a job, and their price. */
 export interface Cure {
@@ -60,6 +61,11 @@ export function keyOfBuffer(job: Job, { kind, within, id }: Buffer, copies: numb
         ? { path: "parallel.distributed_optimizer", because: "state of the optimizer, of which each data rank holds a shard" }
         : { path: "parallel.distributed_optimizer", because: "state of the optimizer, of which each data rank holds a copy" };
     case "activation":
+      if (copies > 1 && runsInPairs(job) && job.parallel.pipeline === 1)
+        return {
+          path: "parallel.expert_overlap",
+          because: `backward reads it, and alternates with the forward of the next microbatch: ${copies} are in flight`,
+        };
       return {
         path: copies > 1 ? "parallel.pipeline" : "train.recompute.mode",
         because:
@@ -97,6 +103,8 @@ export function curesOf(job: Job, of: Instruction | { readonly path: string }): 
       return [change(path, 1, "no context parallelism: a rank has whole sequences, and their activations")];
     case "parallel.pipeline":
       return p.pipeline > 1 ? [change(path, 1, "no pipeline: a rank holds all layers")] : [];
+    case "parallel.expert_overlap":
+      return [change(path, "shared", "no pairs: one microbatch less is in memory, and less runs beside the exchanges of rows")];
     case "parallel.distributed_optimizer":
       return p.distributed_optimizer
         ? [change(path, false, "each rank updates all its parameters, and holds the whole state of the optimizer")]

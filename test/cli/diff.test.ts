@@ -9,12 +9,14 @@ import { parsePlan } from "../../src/plan/read.ts";
 import { printPlan } from "../../src/plan/seal.ts";
 import { diffPlans } from "../../src/report/diff.ts";
 import { printDiff } from "../../src/report/diffText.ts";
+import { findId } from "../../src/report/findId.ts";
 import { inspectPlan } from "../../src/report/inspect.ts";
 import { inspectRank } from "../../src/report/inspectRank.ts";
 import { printInspect } from "../../src/report/inspectText.ts";
 import { drawPlan } from "../../src/report/planPicture.ts";
 import { printPlanText } from "../../src/report/planText.ts";
 import { drawSchedule } from "../../src/report/schedulePicture.ts";
+import { explainId } from "../../src/report/why.ts";
 import { blockRuns } from "../support/blockRuns.ts";
 
 const text = `
@@ -73,6 +75,41 @@ test("a change of what instructions wait for is printed once for all layers", ()
   const waits = program.flatMap(({ differences }) => differences.filter(({ what, new: now }) => what === "waits for" && now !== ""));
   expect(waits.length).toBeGreaterThan(2);
   expect(waits.filter((w) => /layers\.\d/.test(JSON.stringify(w)))).toEqual([]);
+});
+
+test("pairs of microbatches stand in diff, the picture of the schedule, the order of a rank, plan.txt and the answers to why", () => {
+  const paired = planOf("parallel.expert_overlap=interleave", "train.global_batch=16");
+  const other = planOf("train.global_batch=16");
+  const { job, summary } = diffPlans(other, paired);
+  expect(job).toEqual([{ path: "parallel.expert_overlap", old: "none", new: "interleave" }]);
+  const change = (what: string) => summary.filter((c) => c.what === what).map((c) => [c.stages, c.old, c.new]);
+  expect(change("pairs of forward and backward")).toEqual([
+    [[0], 0, 5],
+    [[1], 0, 7],
+  ]);
+  expect(change("copies")).toEqual([
+    [[0], 2, 4],
+    [[1], 1, 2],
+  ]);
+  expect(summary.some((c) => c.what === "memory peak" && c.new > c.old)).toBe(true);
+  const { rows, legend } = inspectPlan(paired).schedule;
+  expect(rows[1]).toContain("F1+ B0");
+  expect(legend).toContain("+ alternates with the next");
+  expect(inspectRank(paired, 7).order.slice(0, 4)).toEqual(["F0", "F1+B0", "F2+B1", "F3+B2"]);
+  expect(printPlanText(paired)).toMatch(/pair: forward and backward of an earlier microbatch, \d+ turns of instructions: /);
+  expect(drawPlan(paired)).toContain("microbatch 3: forward, units");
+  expect(drawPlan(paired)).toContain("alternates with the backward after it");
+  const dispatch = instructionsOf(paired.programs[1]!).find((i) => i.kind === "collective" && i.name === "dispatch")!;
+  expect(explainId(paired, findId(paired, dispatch.id)).because.join("; ")).toMatch(
+    /it runs beside the backward of an earlier microbatch in [57] of 8 block runs of a step \(parallel\.expert_overlap\)/,
+  );
+  const alone = planOf("parallel.expert_overlap=interleave", "parallel.pipeline=1");
+  const kept = alone.programs[0]!.buffers.find(({ kind }) => kind === "activation")!;
+  expect(explainId(alone, findId(alone, kept.id))).toMatchObject(
+    instructionsOf(alone.programs[0]!).some(({ id }) => id === kept.id)
+      ? {}
+      : { key: { path: "parallel.expert_overlap" }, times_per_step: 2 },
+  );
 });
 
 test("swapping the plans swaps added and removed, old and new", () => {

@@ -5,7 +5,7 @@
  */
 import { readsOf, writesOf } from "../../../schemas/effects.ts";
 import type { Buffer, CollectiveKind, Instruction, Plan, Program } from "../../../schemas/plan.ts";
-import { blockOf, blockTag, microbatchesIn, runsIn } from "../../../schemas/program.ts";
+import { blockTag, groupsOf, microbatchesIn, runsIn, turnsOf } from "../../../schemas/program.ts";
 import { numberInStage, rankAt, stageOfRank } from "../../../schemas/sharding.ts";
 import { buffersOf } from "../../analysis/bufferTable.ts";
 import { costOf } from "../../analysis/cost.ts";
@@ -119,13 +119,15 @@ function* nodesOf(
   /** Per instruction, its latest node, for those that wait for it. */
   const latest = new Map<string, number>();
   const runs = [
-    ...program.order.map((run) => ({
-      block: blockOf(program, run),
-      tag: blockTag(run, program.chunks.length),
-      copy: `${run.microbatch}`,
-      isFirst: run.microbatch === 0,
-      isLast: run.microbatch === last,
-    })),
+    ...groupsOf(program.order)
+      .flatMap((group) => turnsOf(program, group))
+      .map(({ run, instructions }) => ({
+        block: instructions,
+        tag: blockTag(run, program.chunks.length),
+        copy: `${run.microbatch}`,
+        isFirst: run.microbatch === 0,
+        isLast: run.microbatch === last,
+      })),
     { block: program.step, tag: "step", copy: "", isFirst: true, isLast: true },
   ];
   for (const { block, tag, copy, isFirst, isLast } of runs)
