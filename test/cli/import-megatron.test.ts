@@ -261,6 +261,16 @@ describe("samples and iterations", () => {
     expect(refusalOf({ "train-samples": "100" })).toContain("a run counts in iterations or in samples");
   });
 
+  test("overlapped communication of experts is interleaving, delayed gradients of weights with it; that of shared experts is by itself", () => {
+    const experts = { "expert-model-parallel-size": "4", "moe-token-dispatcher-type": "alltoall", "global-batch-size": "64" };
+    const overlapOf = (change: Change) => jobOf({ ...experts, ...change }).parallel.expert_overlap;
+    expect(overlapOf({})).toBe("none");
+    expect(overlapOf({ "overlap-moe-expert-parallel-comm": "" })).toBe("interleave");
+    expect(overlapOf({ "overlap-moe-expert-parallel-comm": "", "delay-wgrad-compute": "" })).toBe("interleave");
+    expect(overlapOf({ "moe-shared-expert-intermediate-size": "64", "moe-shared-expert-overlap": "" })).toBe("shared");
+    expect(refusalOf({ ...experts, "delay-wgrad-compute": "" })).toContain("--overlap-moe-expert-parallel-comm");
+  });
+
   test("the batch of a launch without one is the micro batch of all data ranks", () => {
     expect(jobOf({ "tensor-model-parallel-size": "2" }).train.global_batch).toBe(8);
   });

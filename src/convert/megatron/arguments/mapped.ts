@@ -43,7 +43,7 @@ export const mapped = [
     why: "runs communication beside computation, and there is none to run here: the same values",
     names: `
       overlap-grad-reduce overlap-param-gather ddp-bucket-size:int moe-shared-expert-overlap overlap-moe-expert-parallel-comm
-      tp-comm-overlap`,
+      tp-comm-overlap delay-wgrad-compute`,
   },
   {
     why: "changes GELU with biases alone",

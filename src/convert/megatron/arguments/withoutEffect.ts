@@ -38,7 +38,7 @@ export const withoutEffect: readonly Section[] = [
       no-tp-comm-bulk-wgrad disable-tp-comm-bulk-wgrad no-tp-comm-bulk-dgrad disable-tp-comm-bulk-dgrad
       no-tp-comm-overlap-ag disable-tp-comm-overlap-ag no-tp-comm-overlap-rs disable-tp-comm-overlap-rs tp-comm-overlap-rs-dgrad
       no-tp-comm-split-ag disable-tp-comm-split-ag no-tp-comm-split-rs disable-tp-comm-split-rs
-      tp-comm-bootstrap-backend:nccl|mpi|gloo=nccl delay-wgrad-compute
+      tp-comm-bootstrap-backend:nccl|mpi|gloo=nccl
       overlap-dispatch-backward-with-experts-wgrad defer-embedding-wgrad-compute wgrad-deferral-limit:int=0
       overlap-p2p-communication-warmup-flush high-priority-a2a-comm-stream tp-comm-overlap-cfg:text
       no-align-grad-reduce disable-align-grad-reduce no-overlap-p2p-communication

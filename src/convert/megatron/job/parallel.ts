@@ -101,9 +101,9 @@ function putOverlap(
   else if (args.has("overlap-moe-expert-parallel-comm"))
     job.put(
       "parallel.expert_overlap",
-      "shared",
-      ["overlap-moe-expert-parallel-comm"],
-      "gradients of weights run beside exchanges of rows; Megatron interleaves two microbatches too",
+      "interleave",
+      ["overlap-moe-expert-parallel-comm", "delay-wgrad-compute"],
+      args.has("delay-wgrad-compute") ? "" : "gradients of weights run beside exchanges of rows as well",
     );
 }
 
