@@ -41,10 +41,14 @@ interface Added {
   readonly moe?: object;
   readonly plain?: true;
 }
-const all: Added = {
-  parallel: { ...buckets, parameter_gather: "forward", expert_overlap: "shared" },
+const allWith = (expert_overlap: string): Added => ({
+  parallel: { ...buckets, parameter_gather: "forward", expert_overlap },
   train: { gradient_reduction: "bf16" },
-};
+});
+const all = allWith("shared");
+const pairs = allWith("interleave");
+/** A second microbatch does not fit into 80 GiB of a job that keeps all activations, unless less of each is kept. */
+const fewer = { mode: "selective", modules: ["moe_act", "layernorm"] };
 const overlaps: Readonly<Record<string, Added>> = {
   none: {},
   "gradients sent in bf16": { train: { gradient_reduction: "bf16" } },
@@ -52,11 +56,15 @@ const overlaps: Readonly<Record<string, Added>> = {
   "buckets of parameters in the step": { parallel: { parameter_bucket: buckets.parameter_bucket } },
   "buckets of parameters in forward": { parallel: { parameter_bucket: buckets.parameter_bucket, parameter_gather: "forward" } },
   "expert overlap: shared": { parallel: { expert_overlap: "shared" } },
+  "expert overlap: interleave": { parallel: { expert_overlap: "interleave" } },
   "all of them": all,
+  "all of them, interleave": pairs,
+  "all of them, interleave, more recomputed": { ...pairs, train: { ...pairs.train, recompute: fewer } },
   "dispatch: once": { moe: { dispatch: "once" } },
   "plain exchange": { plain: true },
   "plain exchange, dispatch: once": { moe: { dispatch: "once" }, plain: true },
   "plain exchange, all of them": { ...all, plain: true },
+  "dispatch: once, interleave": { parallel: { expert_overlap: "interleave" }, moe: { dispatch: "once" } },
   "plain exchange, all of them, dispatch: once": { ...all, moe: { dispatch: "once" }, plain: true },
 };
 
@@ -71,6 +79,8 @@ for (const [name, { job: base, perNode }] of Object.entries(jobs)) {
   print(name, "step, s", "TFLOP/s a GPU", "waits for data, s", "waits for experts, s", "peak, GiB");
   print(..."------".split(""));
   for (const [what, { parallel = {}, train = {}, moe = {}, plain }] of Object.entries(overlaps)) {
+    // jobs that recompute anyway choose their modules themselves
+    if ("recompute" in train && "recompute" in base.train) continue;
     if (words.length > 0 && !words.some((word) => what.includes(word))) continue;
     const model = { ...base.model, moe: { ...base.model.moe, ...moe } };
     const job = jobOf({ ...base, model, parallel: { ...base.parallel, ...parallel }, train: { ...base.train, ...train } });
