@@ -177,6 +177,11 @@ const cases: Readonly<Record<string, readonly [parallel: object, model?: object,
     },
     { global_batch: 12, recompute: { mode: "selective", modules: ["moe"] } },
   ],
+  "pairs whose tokens travel once to each rank, products in parts": [
+    { world: 8, tensor: 2, sequence: true, expert: 4, tensor_overlap: 2, expert_overlap: "interleave" },
+    { moe: { ...moe, dispatch: "once" }, seq: 32 },
+    { global_batch: 16 },
+  ],
   "pairs while the batch grows": [
     { world: 4, pipeline: 2, expert: 2, expert_overlap: "interleave" },
     { moe },
