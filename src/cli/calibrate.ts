@@ -1,4 +1,4 @@
-import { type Command, Option } from "commander";
+import { type Command, InvalidArgumentError, Option } from "commander";
 import { type BackendName, backendNames, backends } from "../../runtime/backends.ts";
 import type { Plan } from "../../schemas/plan.ts";
 import type { Timing } from "../../schemas/timing.ts";
@@ -15,7 +15,7 @@ interface CalibrateOptions extends JobOptions {
   readonly backend: BackendName;
   readonly base?: string;
   readonly target?: string;
-  readonly seconds: string;
+  readonly seconds: number;
 }
 
 /** Steps that are measured at most, after one that is not. */
@@ -30,7 +30,7 @@ export function registerCalibrate(program: Command, exit: ProcessExit): void {
       .requiredOption("-o, --out <file>", "the profile to write")
       .addOption(new Option("--backend <name>", "the backend that is measured").choices(backendNames).default("cpu"))
       .option("--base <profile>", "the profile that what is not measured is taken from (default: that of cluster.device, or of an H100)")
-      .option("--seconds <n>", "begin no further step after so many seconds", "90"),
+      .option("--seconds <n>", "begin no further step after so many seconds", seconds, 90),
     "calibrate job.yaml -o own.json",
     "calibrate plan/ --backend cuda -o own.json && rankc inspect plan/ --time --device own.json",
   ).action(async (path: string, options: CalibrateOptions) => {
@@ -43,6 +43,12 @@ export function registerCalibrate(program: Command, exit: ProcessExit): void {
 }
 
 const isPlan = (path: string): boolean => !/\.ya?ml$/.test(path);
+
+function seconds(text: string): number {
+  const value = Number(text);
+  if (text.trim() === "" || !Number.isFinite(value) || value <= 0) throw new InvalidArgumentError("Write seconds above 0, for example 90.");
+  return value;
+}
 
 /** Runs steps on random tokens and writes the profile. Returns the exit code. */
 async function measure({ plan, source, cubin }: LoadedPlan, options: CalibrateOptions): Promise<number> {
@@ -61,7 +67,7 @@ async function measure({ plan, source, cubin }: LoadedPlan, options: CalibrateOp
   const timings: Timing[] = [];
   try {
     for (let step = 0; step <= STEPS; step++) {
-      if (step > 1 && performance.now() - started > 1000 * Number(options.seconds)) break;
+      if (step > 1 && performance.now() - started > 1000 * options.seconds) break;
       await run.step();
       // the first step compiles and allocates
       if (step > 0) timings.push(...(await run.profile()));

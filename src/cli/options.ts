@@ -63,7 +63,7 @@ export function wholeNumber(text: string): number {
 
 /** Parses an integer from 1 to 999,999,999. Throws InvalidArgumentError. */
 export function atLeastOne(text: string): number {
-  if (wholeNumber(text) === 0) throw new InvalidArgumentError("It must be at least 1.");
+  if (/^-\d{1,9}$/.test(text) || wholeNumber(text) === 0) throw new InvalidArgumentError("It must be at least 1.");
   return Number(text);
 }
 

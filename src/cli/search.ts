@@ -1,6 +1,7 @@
 import { type Command, InvalidArgumentError } from "commander";
-import { deviceNames } from "../../schemas/devices.ts";
+import { deviceNames, deviceOf } from "../../schemas/devices.ts";
 import { Trouble } from "../../schemas/trouble.ts";
+import { bytesText } from "../units.ts";
 import { atLeastOne, type CommonOptions, withExamples, withFormat, withSet } from "./options.ts";
 import { endProgress, occasionalProgress, printJson, printReport, reportWidth } from "./output.ts";
 
@@ -76,6 +77,12 @@ async function runSearch(path: string, options: SearchArguments): Promise<void> 
   const target = (await loadDeviceTargets())(job.cluster.device);
   const print = occasionalProgress();
   const { plans, reserve } = options;
+  const { memory } = deviceOf(job.cluster.device);
+  if (reserve !== undefined && reserve >= memory)
+    throw new Trouble(
+      `--reserve leaves nothing of the ${bytesText(memory)} of ${job.cluster.device}`,
+      "write the GiB that driver and NCCL need, for example 3.5",
+    );
   const onProgress = (line: string): void => print(`search: ${line}`);
   const result = search(job, {
     profile,

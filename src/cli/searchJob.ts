@@ -61,6 +61,7 @@ export function fixedKeys(texts: readonly string[]): FixedKeys {
     const [name = "", value = ""] = text.split("=");
     const key = searchedKeys.find((known) => known === name);
     if (key === undefined) throw new Trouble(`--fix ${text}: search does not choose ${name}`, `write one of ${searchedKeys.join(", ")}`);
+    if (fixed[key] !== undefined) throw new Trouble(`--fix names ${key} twice`, `keep one of ${key}=${fixed[key]} and ${text}`);
     const mode = recomputeChoices.find((known) => known === value);
     if (key === "recompute") {
       if (mode === undefined) throw new Trouble(`--fix ${text}: unknown value`, `write one of ${recomputeChoices.join(", ")}`);

@@ -103,20 +103,31 @@ function frontLines(best: readonly Candidate[], width: number): string[] {
 }
 
 /** Says how much memory is missing, which given keys conflict, and what would fit. */
-function nothingFits({ tooLarge, memory, reserve, conflict }: SearchResult, fixed: FixedKeys, width: number): string[] {
+function nothingFits({ choices, tooLarge, memory, reserve, conflict }: SearchResult, fixed: FixedKeys, width: number): string[] {
   const [least] = tooLarge;
   const lack = `the least memory found is ${bytesText(least?.peak ?? 0)}, and the device has ${bytesText(memory + reserve)}, of which the driver and NCCL need ${bytesText(reserve)}`;
-  const lines = wrap(least ? `  nothing fits: ${lack}` : "  no choice is valid; the rules that exclude them are below", width, "  ");
+  const invalid =
+    choices === 0
+      ? "no choice exists: degrees must divide the ranks and the heads, experts and the batch; stages need layers"
+      : "no choice is valid; the rules that exclude them are below";
+  const lines = wrap(`  ${least ? `nothing fits: ${lack}` : invalid}`, width, "  ");
   if (least) lines.push(...fitTable(columns, tooLarge.slice(0, 3).map(sizesOf), { width }));
   const textOf = (key: keyof FixedKeys): string => `--fix ${key}=${fixed[key]}`;
   const { keys = [], waysOut = [] } = conflict ?? {};
   if (keys.length > 0)
-    lines.push(...wrap(`  nothing fits with ${keys.map(textOf).join(" ")}, and no fewer of the given keys exclude all`, width, "  "));
+    lines.push(
+      ...wrap(
+        `  ${least ? "nothing fits" : "no choice remains"} with ${keys.map(textOf).join(" ")}, and no fewer of the given keys exclude all`,
+        width,
+        "  ",
+      ),
+    );
   for (const { change, peak } of waysOut) {
     const without =
       "ranks" in change ? `on ${plural(change.ranks, "rank")} (--gpus ${change.ranks})` : `without ${textOf(change.leaveOut)}`;
     lines.push(...wrap(`  fits ${without}: ${bytesText(peak)}`, width, "  "));
   }
+  if (!least) return lines;
   const others = `a device with more memory (--device)${waysOut.length === 0 ? ", more ranks (--gpus)" : ""}, or a lower model.moe.rows_bound`;
   lines.push(...wrap(`  other ways out: ${others}`, width, "  "));
   return lines;

@@ -156,3 +156,16 @@ test("a plan leaves the device what the driver and NCCL need", () => {
   expect(tight.best.every(({ peak }) => peak < (best?.peak ?? 0))).toBe(true);
   expect(tight.memory + tight.reserve).toBe(80 * 2 ** 30);
 });
+
+test("bad input of a search is refused with its way out: a key named twice, a reserve that leaves nothing, degrees that divide nothing", async () => {
+  const at = ["search", "plans/tiny-mixtral/job.yaml", "--gpus", "4", "--device", "h100-80gb"];
+  expect((await rankc(...at, "--fix", "tensor=2", "--fix", "tensor=4")).err).toContain("--fix names tensor twice");
+  expect((await rankc(...at, "--reserve", "100")).err).toContain("--reserve leaves nothing of the 80.0 GiB of h100-80gb");
+  expect((await rankc(...at, "--reserve", "much")).err).toContain('--reserve is "much": write GiB, for example 2.5');
+  const { out } = await rankc(...at, "--fix", "tensor=3");
+  const words = out.replace(/\s+/g, " ");
+  expect(words).toContain("no choice exists: degrees must divide the ranks and the heads");
+  expect(words).toContain("no choice remains with --fix tensor=3");
+  expect(words).toContain("fits without --fix tensor=3");
+  expect(words).not.toContain("rows_bound");
+});
