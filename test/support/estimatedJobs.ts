@@ -10,6 +10,7 @@ export const estimatedJobs = fc
     pipeline: fc.constantFrom(2, 4, 8),
     virtual_pipeline: fc.constantFrom(1, 2),
     tensor: fc.constantFrom(1, 2),
+    context: fc.constantFrom(1, 1, 2),
     data: fc.constantFrom(1, 2, 4),
     perChunk: fc.constantFrom(1, 2),
     ends: fc.constantFrom(0, 1),
@@ -49,7 +50,15 @@ export const estimatedJobs = fc
     return jobOf({
       ...{ name: "drawn", model },
       parallel: {
-        ...{ world: pipeline * tensor * data, tensor, sequence: tensor > 1, pipeline, virtual_pipeline, layout },
+        ...{
+          world: pipeline * tensor * data * d.context,
+          tensor,
+          context: d.context,
+          sequence: tensor > 1,
+          pipeline,
+          virtual_pipeline,
+          layout,
+        },
         ...{ schedule: d.zeroBubble ? "zero_bubble" : "1f1b", distributed_optimizer: true, ...(moe && { expert: data }) },
         ...(buckets && { gradient_bucket: 1, parameter_bucket: 1 }),
         ...(moe && d.shared && data > 1 && { expert_overlap: "shared" }),
