@@ -25,7 +25,7 @@ const WORK = 4e6;
 
 /** Returns the findings of the rules that need no compiled program. */
 export function jobFindings(job: Job, source: Source): Finding[] {
-  const report = { left: WORK, taken: {} };
+  const report: Report = { left: WORK, taken: {}, cured: new Set() };
   return allowedAmong(
     source,
     jobRules.flatMap((rule) => findingsOf(rule, job, source, report)),
@@ -34,7 +34,7 @@ export function jobFindings(job: Job, source: Source): Finding[] {
 
 /** Returns the findings of the memory rule for a job without errors. `peakOf` returns the highest peak of a job. */
 export const findingsOfMemory = (job: Job, source: Source, peakOf: (job: Job) => Peak): Finding[] =>
-  allowedAmong(source, findingsOf(memoryRule(peakOf), job, source, { left: WORK, taken: {} }));
+  allowedAmong(source, findingsOf(memoryRule(peakOf), job, source, { left: WORK, taken: {}, cured: new Set() }));
 
 /** Returns the findings without the warnings that the job allows. */
 const allowedAmong = (source: Source, findings: readonly Finding[]): Finding[] => {
@@ -47,13 +47,18 @@ const allowedAmong = (source: Source, findings: readonly Finding[]): Finding[] =
 interface Report {
   left: number;
   taken: Changes;
+  /** The findings, by code and place, that those changes remove. */
+  readonly cured: Set<string>;
 }
 
 const findingsOf = (rule: Rule, job: Job, source: Source, report: Report): Finding[] =>
   [...rule.check(job)].map((result): Finding => {
     const cure = firstCure(rule, result, job, source, report);
     const set = cure?.set;
-    if (set) report.taken = { ...report.taken, ...set };
+    if (set) {
+      report.taken = { ...report.taken, ...set };
+      report.cured.add(`${rule.code} ${result.at}`);
+    }
     const at = placeOf(result.at, job, source);
     const related = (result.related ?? []).flatMap((path) => secondPlace(path, job, source, at));
     return {
@@ -101,7 +106,9 @@ function firstCure(rule: Rule, result: RuleResult, job: Job, source: Source, rep
   let [left, compiled] = [TRIES, COMPILED];
   const agrees = (set: Changes): boolean => {
     const together = changed(source, { ...report.taken, ...set });
-    return together !== undefined && reportedCodes(together).every((v) => before.has(v) && v !== `${rule.code} ${result.at}`);
+    // a finding that an earlier fix removes stays removed
+    const isOpen = (v: string): boolean => before.has(v) && !report.cured.has(v) && v !== `${rule.code} ${result.at}`;
+    return together !== undefined && reportedCodes(together).every(isOpen);
   };
   const safe = result.safe && valuesOf(result.safe, source);
   for (const cure of [...(safe ? [safe] : []), ...triesOf(result)]) {

@@ -64,6 +64,20 @@ test("fixes still work when several things are wrong at once", () => {
   expect(first.map((f) => f.code)).toEqual(expect.arrayContaining(["P104", "P107", "M301", "M308", "E401", "E402", "B207"]));
 });
 
+test("a fix does not bring back what an earlier fix of the report removes", () => {
+  const text = stringify({
+    name: "wrong",
+    model: { layers: 2, hidden: 64, heads: 4, vocab: 256, seq: 64, moe: { experts: 4, top_k: 2, router: { aux_coeff: 0.01 } } },
+    parallel: { world: 4, tensor: 3, sequence: true, expert: 3 },
+    train: { steps: 10, global_batch: 4, optimizer: { lr: 1e-3 } },
+    data: { path: "x" },
+  });
+  const fixed = read(text).findings.filter(({ set }) => set);
+  expect(fixed.map(({ code }) => code)).toEqual(expect.arrayContaining(["P101", "P111", "E402"]));
+  const together = read(text, sets(Object.assign({}, ...fixed.map(({ set }) => set)))).findings;
+  expect(together.filter(({ code, path }) => fixed.some((f) => f.code === code && f.path === path))).toEqual([]);
+});
+
 const moe = { experts: 8, top_k: 2, router: { aux_coeff: 0.01 } };
 test.each([
   [
