@@ -102,6 +102,8 @@ describe.skipIf(noBrowser)(`in Chromium${noBrowser ? `: skipped, ${noBrowser}` :
     await page.goto("about:blank");
     await page.goto(address);
     await page.waitForSelector(".tabs");
+    // a canvas that is not drawn yet has the size of every canvas, and nothing on it can be chosen
+    await page.waitForFunction("[...document.querySelectorAll('canvas')].every(({ width, height }) => width !== 300 || height !== 150)");
   };
   /** Expects what the page shows after it has drawn: each value is read again until it is as expected. */
   const soon = <T>(read: () => Promise<T>, message?: string) => expect.poll(read, { timeout: 60_000, ...(message && { message }) });
