@@ -75,6 +75,7 @@ export const opNames = [
   "grouped_gemm",
   "grouped_gemm_swiglu",
   "grouped_wgrad",
+  "grouped_wgrad_pair",
   "head_layernorm",
   "head_layernorm_grad",
   "head_norm",

@@ -402,6 +402,7 @@ interface CudaGemmWgmmaCu {
   readonly ticketsPointer: string | number;
   readonly tileM: string | number;
   readonly tileN: string | number;
+  readonly twin: boolean;
   readonly warpgroupsN: string | number;
 }
 

@@ -7,6 +7,7 @@ import {
   groupedDgradPair,
   groupedDgradSwiglu,
   groupedGemmSwiglu,
+  groupedWgradPair,
   swigluGradAgain,
   swigluRowsGradAgain,
 } from "../ops/fused.ts";
@@ -36,6 +37,8 @@ export interface MatrixProduct {
   /** The products of which c is the sum, if they are several: they differ in a, b and depth alone, and `depth` is that of all. */
   readonly addends?: readonly MatrixProduct[];
   readonly epilogue?: Epilogue;
+  /** A second product of the same a, with a b and a c of its own. */
+  readonly twin?: Pick<MatrixProduct, "b" | "c" | "n">;
   /** Whether the product is added to c. */
   readonly adds: boolean;
   /** Index of the experts' first rows in the index buffer. */
@@ -82,8 +85,8 @@ const forward = <Operand extends string>(s: ProductSpec<Operand | "x" | "w">, of
   product(s, ["x", "w", y], { m: of.rows, n: s.d.N, depth: s.d.K, depthFirst: [true, false], ragged: "rows" }, of);
 const inputGrad = <Operand extends string>(s: ProductSpec<Operand | "dx">, of: Extent, dy: Operand, w: Operand): MatrixProduct =>
   product(s, [dy, w, "dx"], { m: of.rows, n: s.d.K, depth: s.d.N, depthFirst: [true, true], ragged: "rows" }, of);
-const weightGrad = (s: ProductSpec<"x" | "dy" | "dw">, of: Extent): MatrixProduct =>
-  product(s, ["x", "dy", "dw"], { m: s.d.K, n: s.d.N, depth: of.rows, depthFirst: [false, false], ragged: "depth" }, of);
+const weightGrad = <Operand extends string>(s: ProductSpec<Operand | "x">, of: Extent, dy: Operand, dw: Operand): MatrixProduct =>
+  product(s, ["x", dy, dw], { m: s.d.K, n: s.d.N, depth: of.rows, depthFirst: [false, false], ragged: "depth" }, of);
 
 /** The product of `x` and `w` that a formula reads as `up`. */
 const forwardInto = (s: ProductSpec<"x" | "w" | "up">, of: Extent, formula: AnyFormulaOp): MatrixProduct => ({
@@ -95,6 +98,11 @@ const inputGradInto = (s: ProductSpec<"dz" | "w" | "gate">, of: Extent, formula:
   const product = inputGrad({ ...s, size: { ...s.size, dx: s.size.gate }, dtype: { ...s.dtype, dx: s.dtype.gate } }, of, "dz", "w");
   return { ...product, c: { ...product.c, name: "dy" }, epilogue: { formula, storesProduct: false } };
 };
+/** The weight gradients of two products of one operand. */
+function weightGradPair(s: ProductSpec<"x" | "dy1" | "dy2" | "dw1" | "dw2"> & KernelSpec<string, "F">, of: Extent): MatrixProduct {
+  const { b, c, n } = weightGrad({ ...s, d: { ...s.d, N: s.d.F } }, of, "dy2", "dw2");
+  return { ...weightGrad(s, of, "dy1", "dw1"), twin: { b, c, n } };
+}
 
 /** The addends of a fused sum of input gradients, in order. */
 function sumOfGradients(s: KernelSpec, of: Extent): MatrixProduct {
@@ -118,6 +126,8 @@ export const productOps = {
 };
 /** The fused ops that are sums of matrix products. */
 export const sumOps = { gemm_dgrad_pair: gemmDgradPair, gemm_dgrad_triple: gemmDgradTriple, grouped_dgrad_pair: groupedDgradPair };
+/** The fused ops that are two products of one operand. */
+export const twinOps = { grouped_wgrad_pair: groupedWgradPair };
 /** The fused ops that apply a formula to a product. */
 export const epilogueOps = {
   gemm_swiglu: gemmSwiglu,
@@ -129,10 +139,11 @@ const { swiglu } = gatedUnits;
 const products: Readonly<Record<string, (spec: KernelSpec) => MatrixProduct>> = {
   gemm: forOp(gemm, (s) => forward(s, tokens(s), "y")),
   gemm_dgrad: forOp(gemmDgrad, (s) => inputGrad(s, tokens(s), "dy", "w")),
-  gemm_wgrad: forOp(gemmWgrad, (s) => weightGrad(s, tokens(s))),
+  gemm_wgrad: forOp(gemmWgrad, (s) => weightGrad(s, tokens(s), "dy", "dw")),
   grouped_gemm: forOp(groupedGemm, (s) => forward(s, rowsOfExperts(s), "y")),
   grouped_dgrad: forOp(groupedDgrad, (s) => inputGrad(s, rowsOfExperts(s), "dy", "w")),
-  grouped_wgrad: forOp(groupedWgrad, (s) => weightGrad(s, rowsOfExperts(s))),
+  grouped_wgrad: forOp(groupedWgrad, (s) => weightGrad(s, rowsOfExperts(s), "dy", "dw")),
+  grouped_wgrad_pair: forOp(groupedWgradPair, (s) => weightGradPair(s, rowsOfExperts(s))),
   gemm_dgrad_pair: forOp(gemmDgradPair, (s) => sumOfGradients(s, tokens(s))),
   gemm_dgrad_triple: forOp(gemmDgradTriple, (s) => sumOfGradients(s, tokens(s))),
   grouped_dgrad_pair: forOp(groupedDgradPair, (s) => sumOfGradients(s, rowsOfExperts(s))),
@@ -140,7 +151,7 @@ const products: Readonly<Record<string, (spec: KernelSpec) => MatrixProduct>> = 
   grouped_gemm_swiglu: forOp(groupedGemmSwiglu, (s) => forwardInto(s, rowsOfExperts(s), swiglu.rows)),
   gemm_dgrad_swiglu: forOp(gemmDgradSwiglu, (s) => inputGradInto(s, tokens(s), swigluGradAgain)),
   grouped_dgrad_swiglu: forOp(groupedDgradSwiglu, (s) => inputGradInto(s, rowsOfExperts(s), swigluRowsGradAgain)),
-} satisfies Record<keyof typeof productOps | keyof typeof sumOps | keyof typeof epilogueOps, unknown>;
+} satisfies Record<keyof typeof productOps | keyof typeof sumOps | keyof typeof twinOps | keyof typeof epilogueOps, unknown>;
 
 /** Returns the matrix product of a kernel spec. Throws a BrokenInvariant for an op that is no product. */
 export function productOf(spec: KernelSpec): MatrixProduct {

@@ -14,14 +14,16 @@ export const targetNames: readonly string[] = ["cpu", ...profiles.map((p) => `we
 
 /**
  * Fusions after lowering (src/passes/fuse.ts): the passes over a row of logits, sums of input gradients, sums that norms read, norms and
- * rotations of heads, outputs of activations, products with the activations that read them, unpermute with a sum.
+ * rotations of heads, outputs of activations, products with the activations that read them, unpermute with a sum, two weight gradients of one operand.
  */
-export const fusions = ["statistics", "sums", "norm_sums", "heads", "activations", "epilogues", "combine"] as const;
+export const fusions = ["statistics", "sums", "norm_sums", "heads", "activations", "epilogues", "combine", "twins"] as const;
 /**
  * Those of CUDA targets (test/results/cuda-fusion-2026-11-30.md): the kernels of `norm_sums` take less time, and steps do not; `heads` has not been
  * measured since its gradient was mended.
  */
-export const cudaFusions = fusions.filter((name) => name !== "norm_sums" && name !== "heads" && name !== "epilogues" && name !== "combine");
+export const cudaFusions = fusions.filter(
+  (name) => name !== "norm_sums" && name !== "heads" && name !== "epilogues" && name !== "combine" && name !== "twins",
+);
 /** The name of a fusion. */
 export type Fusion = (typeof fusions)[number];
 

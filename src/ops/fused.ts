@@ -4,7 +4,7 @@
  */
 import type { Result } from "./formula.ts";
 import { gatedUnits } from "./gatedUnits.ts";
-import { gemm, gemmDgrad, groupedDgrad, groupedGemm } from "./gemm.ts";
+import { gemm, gemmDgrad, groupedDgrad, groupedGemm, groupedWgrad } from "./gemm.ts";
 import { gemm as product, runs } from "./matrixProduct.ts";
 import { unpermute } from "./moe.ts";
 import { headNorm, headNormGrad, rmsnorm, rmsnormGrad } from "./norm.ts";
@@ -45,6 +45,18 @@ export const groupedDgradPair = op({
       product(dx, dy1, w1, { m, n: K, k: N, tb: true, a0: r * N, b0: e * K * N, c0: r * K });
       product(dx, dy2, w2, { m, n: K, k: F, tb: true, a0: r * F, b0: e * K * F, c0: r * K });
     });
+  },
+});
+/** The weight gradients of two products of the same rows of experts, as gate and up: rows are read once, and one launch has the tiles of both. */
+export const groupedWgradPair = op({
+  name: "grouped_wgrad_pair",
+  sig: "x[B~S~E,K] dy1[B~S~E,N] dy2[B~S~E,F] -> dw1[E,K,N] dw2[E,K,F]",
+  suffix: "wgrad",
+  types: { dw1: "f32", dw2: "f32" },
+  flops: ({ R, K, N, F }) => 2 * R * K * (N + F),
+  cpu({ x, dy1, dy2, dw1, dw2 }, d, p) {
+    groupedWgrad.cpu({ x, dy: dy1, dw: dw1 }, d, p);
+    groupedWgrad.cpu({ x, dy: dy2, dw: dw2 }, { ...d, N: d.F }, p);
   },
 });
 

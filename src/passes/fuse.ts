@@ -12,6 +12,7 @@ import { fuseHeads } from "./fusion/heads.ts";
 import { fuseNormSums, fuseSlopeSums } from "./fusion/norms.ts";
 import { fuseStatistics } from "./fusion/statistics.ts";
 import { fuseSums } from "./fusion/sums.ts";
+import { fuseTwins } from "./fusion/twins.ts";
 
 /** Returns the programs with fused instructions if the target has kernels for them, else the programs themselves. */
 export const fuseFor = ({ fuses = [] }: { readonly fuses?: readonly Fusion[] }, programs: Program[]): Program[] =>
@@ -30,8 +31,10 @@ function fuse(program: Program, kinds: ReadonlySet<Fusion>): Program {
     if (kinds.has("combine")) [forward, backward] = [fuseCombine(forward, uses), fuseCombine(backward, uses)];
     let chunk: Chunk = { ...c, forward, backward };
     if (kinds.has("activations")) chunk = returnActivationsAgain(chunk, uses);
-    if (!kinds.has("epilogues")) return chunk;
-    return { ...chunk, forward: fuseEpilogues(chunk.forward, uses), backward: fuseEpilogues(chunk.backward, uses) };
+    if (kinds.has("epilogues"))
+      chunk = { ...chunk, forward: fuseEpilogues(chunk.forward, uses), backward: fuseEpilogues(chunk.backward, uses) };
+    if (kinds.has("twins")) chunk = { ...chunk, backward: fuseTwins(chunk.backward, uses), weights: fuseTwins(chunk.weights, uses) };
+    return chunk;
   }
   const chunks = program.chunks.map(fused);
   return { ...program, chunks, buffers: uses.values() };

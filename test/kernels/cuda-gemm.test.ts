@@ -14,7 +14,7 @@ import type { ContractCase } from "../support/contract.ts";
 import { hold } from "../support/contractCheck.ts";
 import { cudaEmulator, emulatorMissing } from "../support/cudaEmulator.ts";
 import { random } from "../support/opCases.ts";
-import { adding, caseOf, epilogueCaseOf, products, type Sizes, specFor, sumCaseOf } from "../support/productCases.ts";
+import { adding, caseOf, fusedCaseOf, products, type Sizes, specFor, sumCaseOf } from "../support/productCases.ts";
 import { byTier, full, isFull } from "../support/tiers.ts";
 
 interface Held extends ContractCase {
@@ -155,7 +155,7 @@ emulated(`Hopper's products${note}`, () => {
   );
   test("epilogues: sets of buffers that are used again in a tile and in the next, rows of two experts in a box, columns that end within one", () => {
     const finished = (name: string, op: OpName, sizes: Sizes, change: Partial<HopperTiling>, half: Float16 = "bf16"): Held => {
-      const c = epilogueCaseOf(name, op, sizes, half);
+      const c = fusedCaseOf(name, op, sizes, half);
       return { ...c, made: tiled(c.use, change) };
     };
     const square = { rows: 128, columns: 128, alternates: true } as const;
@@ -176,6 +176,22 @@ emulated(`Hopper's products${note}`, () => {
           ),
         ],
         "e3",
+      ),
+    );
+  });
+  test("weight gradients of two products of one operand: from both ends of the list, in f32 and in bf16, added and written", () => {
+    const pair = (name: string, change: Partial<HopperTiling>, adds: boolean, sums: "f32" | "bf16" = "f32"): Held => {
+      const c = fusedCaseOf(name, "grouped_wgrad_pair", { K: 136, N: 72, rows }, "bf16", adds, sums);
+      return { ...c, made: tiled(c.use, change) };
+    };
+    return holdAll(
+      inTier(
+        [
+          pair("x0", { tile: turns, stages: 2, blocks: 5 }, false),
+          pair("x1", { tile: turns, stages: 3, blocks: 4 }, true),
+          pair("x2", { tile: small, stages: 2 }, true, "bf16"),
+        ],
+        "x1",
       ),
     );
   });

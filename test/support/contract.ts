@@ -118,7 +118,7 @@ export function rounded(x: Float32Array, dtype: Dtype): Float32Array {
 
 /** Outputs that the compiler may let add to what is there: gradients of parameters and what stands in their place, and losses. */
 const addsUp = (op: AnyOp): string[] =>
-  op.outputs.filter((o) => /^d(w|gain|table|bias)$/.test(o.name) || sums.includes(op.name)).map((o) => o.name);
+  op.outputs.filter((o) => /^d(w[12]?|gain|table|bias)$/.test(o.name) || sums.includes(op.name)).map((o) => o.name);
 const sums = [
   "mean",
   "weighted_sum",

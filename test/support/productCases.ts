@@ -109,23 +109,38 @@ export function sumCaseOf(
   };
 }
 
-/** A product with an epilogue, as a fused op computes it. Rows beyond the count hold NaN. */
-export function epilogueCaseOf(name: string, op: OpName, { S = 0, K, N, rows }: Sizes, half: Half): ContractCase {
+/** A fused op of products whose widths are N or K. Rows beyond the count hold NaN. */
+export function fusedCaseOf(
+  name: string,
+  op: OpName,
+  { S = 0, K, N, rows }: Sizes,
+  half: Half,
+  adds = false,
+  sums: Half = "f32",
+): ContractCase {
   const spare = 29;
   const count = rows?.reduce((a, b) => a + b, 0) ?? S;
   const bound = rows ? count + spare : 0;
-  const d = { B: 1, S: rows ? bound : S, K, N, E: rows?.length ?? 1 };
+  const d = { B: 1, S: rows ? bound : S, K, N, F: N, E: rows?.length ?? 1 };
   const next = random(name.length * 41 + K);
   const index = rows ? indexOfRows(rows, bound) : new Int32Array(1);
   const { inputs, outputs } = ops[op];
   const widthOf = (o: Operand): number => o.dimSpecs.slice(o.ragged).reduce((n, slot) => n * dimSize(slot, d), 1);
-  const typeOf = (o: Operand): Half => (widthOf(o) === 1 ? "f32" : half);
+  const typeOf = (o: Operand): Half => (/^dw/.test(o.name) ? sums : widthOf(o) === 1 ? "f32" : half);
   const data: Record<string, Float32Array | Int32Array> = {};
   for (const o of inputs) {
     const values = new Float32Array(widthOf(o) * (o.ragged ? bound : 1)).map(next);
     data[o.name] = rounded(o.ragged ? values.fill(Number.NaN, count * widthOf(o)) : values, typeOf(o));
   }
-  const results = Object.fromEntries(outputs.map((o) => [o.name, new Float32Array(widthOf(o) * (o.ragged ? bound : 1))]));
+  const results = Object.fromEntries(
+    outputs.map((o) => [
+      o.name,
+      rounded(
+        new Float32Array(widthOf(o) * (o.ragged ? bound : 1)).map(() => (adds ? next() : 0)),
+        typeOf(o),
+      ),
+    ]),
+  );
   const after = Object.fromEntries(Object.entries(results).map(([n, x]) => [n, x.slice()]));
   ops[op].cpu({ ...(data as Record<string, Float32Array>), ...after }, d, { start: () => 0, rows: index });
   Object.assign(data, results);
@@ -133,7 +148,7 @@ export function epilogueCaseOf(name: string, op: OpName, { S = 0, K, N, rows }: 
   return {
     title: `${name}: ${op} ${half} ${JSON.stringify({ S, K, N, rows })}`,
     use: {
-      ...{ op, name, d, bound, makesRows: false, mayOverflow: false, accumulates: new Set() },
+      ...{ op, name, d, bound, makesRows: false, mayOverflow: false, accumulates: new Set(adds ? outputs.map((o) => o.name) : []) },
       size: Object.fromEntries(operands.map((o) => [o.name, data[o.name]?.length ?? 0])),
       dtype: Object.fromEntries(operands.map((o) => [o.name, typeOf(o)])),
     },

@@ -50,6 +50,7 @@ const products: Readonly<Partial<Record<OpName, ProductForm>>> = {
   grouped_dgrad_swiglu: groupedDgrad,
   grouped_dgrad_pair: { family: "grouped", sizes: (d, rows) => [rows, sizeOf(d, "K"), sizeOf(d, "N") + sizeOf(d, "F")] },
   grouped_wgrad: { family: "grouped_wgrad", sizes: (d, rows) => [sizeOf(d, "K"), sizeOf(d, "N"), rows] },
+  grouped_wgrad_pair: { family: "grouped_wgrad", sizes: (d, rows) => [sizeOf(d, "K"), sizeOf(d, "N") + sizeOf(d, "F"), rows] },
 };
 
 /** Ops that move rows, or elements, from and to places that other values say, and gradients of norms, which also add over rows. */
@@ -57,6 +58,7 @@ const scattered: ReadonlySet<OpName> = new Set([
   ...([
     "permute",
     "unpermute",
+    "unpermute_add",
     "take_rows",
     "invert_rows",
     "split_rows",

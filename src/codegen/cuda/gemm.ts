@@ -2,7 +2,7 @@
 
 import type { Arch } from "../../../schemas/devices.ts";
 import { cudaKernel, type GeneratedKernel, type KernelSpec } from "../kernelSpec.ts";
-import { epilogueOps, type MatrixProduct, productOf, productOps, sumOps } from "../matmul.ts";
+import { epilogueOps, type MatrixProduct, productOf, productOps, sumOps, twinOps } from "../matmul.ts";
 import { applyAfter } from "./epilogue.ts";
 import { fitsHopper, hopper } from "./gemmHopper.ts";
 import { mma, simt } from "./gemmTiles.ts";
@@ -10,11 +10,37 @@ import { halfOf } from "./matmul.ts";
 
 function multiply(spec: KernelSpec, arch: Arch): GeneratedKernel {
   const product = productOf(spec);
-  const half = halfOf(product);
-  if (half && arch === "sm_90a" && fitsHopper(product)) return hopper(spec, product, half);
-  const inTiles = (s: KernelSpec, p: MatrixProduct): GeneratedKernel => (half ? mma(s, p, half) : simt(s, p));
-  const { epilogue } = product;
+  const { epilogue, twin } = product;
+  const inHopper = hopperOf(product, arch);
+  const plain = (own: KernelSpec, p: MatrixProduct): GeneratedKernel => hopperOf(p, arch)?.(own) ?? inTiles(own, p);
+  if (twin && (!inHopper || twin.n !== product.n)) return separately(spec, { ...product, twin }, plain);
+  if (inHopper) return inHopper(spec);
+  // a tensor map cannot have the product in scratch
   return epilogue ? applyAfter(spec, { ...product, epilogue }, arch, inTiles) : inTiles(spec, product);
+}
+/** Returns a kernel with one thread block per tile. */
+function inTiles(spec: KernelSpec, p: MatrixProduct): GeneratedKernel {
+  const half = halfOf(p);
+  return half ? mma(spec, p, half) : simt(spec, p);
+}
+/** Returns the maker of Hopper's kernel of a product; undefined if this architecture or this product has none. */
+function hopperOf(p: MatrixProduct, arch: Arch): ((spec: KernelSpec) => GeneratedKernel) | undefined {
+  const half = halfOf(p);
+  return half && arch === "sm_90a" && fitsHopper(p) ? (spec) => hopper(spec, p, half) : undefined;
+}
+
+/** Returns the kernels of both products of a pair, one after the other. */
+function separately(
+  spec: KernelSpec,
+  { twin, ...first }: MatrixProduct & Required<Pick<MatrixProduct, "twin">>,
+  kernelOf: (spec: KernelSpec, p: MatrixProduct) => GeneratedKernel,
+): GeneratedKernel {
+  const both = [first, { ...first, ...twin }].map((p, n) => kernelOf({ ...spec, name: `${spec.name}_${n + 1}` }, p));
+  return {
+    source: both.map(({ source }) => source).join("\n"),
+    scratch: Math.max(...both.map(({ scratch = 0 }) => scratch)),
+    launches: both.flatMap(({ launches }) => launches),
+  };
 }
 
 /** CUDA kernels of products. */
@@ -28,6 +54,7 @@ export const gemm = {
   gemm_dgrad_pair: cudaKernel(sumOps.gemm_dgrad_pair, multiply),
   gemm_dgrad_triple: cudaKernel(sumOps.gemm_dgrad_triple, multiply),
   grouped_dgrad_pair: cudaKernel(sumOps.grouped_dgrad_pair, multiply),
+  grouped_wgrad_pair: cudaKernel(twinOps.grouped_wgrad_pair, multiply),
   gemm_swiglu: cudaKernel(epilogueOps.gemm_swiglu, multiply),
   grouped_gemm_swiglu: cudaKernel(epilogueOps.grouped_gemm_swiglu, multiply),
   gemm_dgrad_swiglu: cudaKernel(epilogueOps.gemm_dgrad_swiglu, multiply),

@@ -9,7 +9,7 @@ import type { TensorMap } from "../../../schemas/plan.ts";
 import { render } from "../../../templates/bindings.ts";
 import { invariant } from "../../ops/op.ts";
 import { type GeneratedKernel, type KernelSpec, operandOf } from "../kernelSpec.ts";
-import { type GeneratedLaunch, rowIndex, scratchStart } from "../launchArgs.ts";
+import { type GeneratedLaunch, type KernelArg, rowIndex, scratchStart } from "../launchArgs.ts";
 import type { Epilogue, MatrixProduct } from "../matmul.ts";
 import { dividedGrid } from "./dividedGrid.ts";
 import { type EpilogueText, elementsOf, epilogueText, sumsOfRows } from "./epilogue.ts";
@@ -97,6 +97,7 @@ export function hopper(spec: KernelSpec, p: MatrixProduct, half: Float16, tiling
   const tickets = !spec.sharesDevice && takesTickets(p, tiling);
   // what is stored without a tensor map, and 16-bit sums that are read before
   const target = splits ? scratchStart : !epilogue && (p.ragged === "rows" || (p.adds && p.c.dtype !== "f32")) ? p.c.name : undefined;
+  const stored = epilogue ? { ...epilogue, target: `Operands{${epilogue.operands.join(", ")}}` } : resultsOf(p, target);
   const { addends, depth } = addendsOf(p, DEPTH);
   const body = render("cuda/gemm_wgmma.cu", {
     ...{ name: spec.name, m: p.m, n: p.n, depth, experts: splits ? parts : p.experts, offsets: p.offsets },
@@ -112,24 +113,15 @@ export function hopper(spec: KernelSpec, p: MatrixProduct, half: Float16, tiling
     ...{ tileM: tile.rows, tileN: tile.columns, warpgroupsN: 128 / tile.rows, alternates: flag(tile.alternates === true) },
     ...{ stages, buffers, cluster, raster, product, hopper: render("cuda/hopper.cuh", {}) },
     clusterDims: cluster > 1 ? `__cluster_dims__(${cluster}, 1, 1) ` : "",
-    ...{ sets, epilogue: epilogue?.body ?? "", maps: epilogue?.maps ?? "const __grid_constant__ TensorMap map" },
-    parameters: [
-      ...(target === undefined ? [] : [", Out* c"]),
-      ...(epilogue?.pointers ?? []).map((pointer) => `, ${pointer}`),
-      ...(ragged ? [", const int* rows"] : []),
-      ...(tickets ? [", u64* tickets"] : []),
-    ].join(""),
+    ...{ sets, epilogue: epilogue?.body ?? "", twin: p.twin !== undefined, maps: stored.maps },
+    parameters: [...stored.pointers, ...(ragged ? ["const int* rows"] : []), ...(tickets ? ["u64* tickets"] : [])]
+      .map((parameter) => `, ${parameter}`)
+      .join(""),
     ...{ tickets: flag(tickets), ticketsPointer: tickets ? "tickets" : "nullptr" },
     ragged,
-    target: epilogue ? `Operands{${epilogue.operands.join(", ")}}` : `map, ${target === undefined ? "nullptr" : "c"}`,
+    target: stored.target,
   });
-  const args = [
-    ...mapsOf(p, tiling, epilogue),
-    ...(target === undefined ? [] : [target]),
-    ...(epilogue?.args ?? []),
-    ...(ragged ? [rowIndex] : []),
-    ...(tickets ? [scratchStart] : []),
-  ];
+  const args = [...mapsOf(p, tiling, epilogue), ...stored.args, ...(ragged ? [rowIndex] : []), ...(tickets ? [scratchStart] : [])];
   const launch = { entry: spec.name, grid: [blocks, 1, 1], threads: 384, shared: sharedOf(sumsOf(p, parts), tiling), args } as const;
   if (tickets) {
     const start = clearBytes(spec, TICKET_BYTES, scratchStart);
@@ -165,6 +157,26 @@ const partOf = ({ depth }: MatrixProduct, parts: number): number => Math.ceil(de
 const sumsOf = (p: MatrixProduct, parts: number): MatrixProduct =>
   parts > 1 ? { ...p, depth: partOf(p, parts), adds: false, c: { ...p.c, dtype: "f32" } } : p;
 
+/** Returns the parameters and arguments for c, and that of a twin: tensor maps, and a pointer each if `target` is the argument for that of c. */
+function resultsOf(
+  { twin }: MatrixProduct,
+  target: KernelArg | undefined,
+): Pick<EpilogueText, "maps" | "pointers" | "args"> & { readonly target: string } {
+  const [maps, pointers] = twin
+    ? [
+        ["firstMap", "twinMap"],
+        ["firstC", "twinC"],
+      ]
+    : [["map"], ["c"]];
+  const isStored = target !== undefined;
+  return {
+    maps: maps.map((name) => `const __grid_constant__ TensorMap ${name}`).join(", "),
+    pointers: isStored ? pointers.map((name) => `Out* ${name}`) : [],
+    args: isStored ? [target, ...(twin ? [twin.c.name] : [])] : [],
+    target: [...maps, ...pointers.map((name) => (isStored ? name : "nullptr"))].join(", "),
+  };
+}
+
 const flag = (yes: boolean): string => (yes ? "true" : "false");
 
 /**
@@ -182,8 +194,9 @@ function mapsOf(p: MatrixProduct, { tile, cluster }: HopperTiling, epilogue?: Ep
     map(of.a.name, of.a.dtype, sidesOf(of, "a"), 1, of.a.depthFirst ? tile.rows : DEPTH),
     map(of.b.name, of.b.dtype, sidesOf(of, "b"), weights, of.b.depthFirst ? tile.columns / cluster : DEPTH),
   ];
-  const stored = epilogue ? [...epilogue.inputs, ...epilogue.results] : [p.c.name];
-  return [...(p.addends ?? [p]).flatMap(operands), ...stored.map((name) => map(name, p.c.dtype, [p.n, p.m], sums, 16))];
+  const stored = epilogue ? [...epilogue.inputs, ...epilogue.results] : [p.c.name, ...(p.twin ? [p.twin.c.name] : [])];
+  const second = p.twin ? operands({ ...p, ...p.twin }).slice(1) : [];
+  return [...(p.addends ?? [p]).flatMap(operands), ...second, ...stored.map((name) => map(name, p.c.dtype, [p.n, p.m], sums, 16))];
 }
 
 /** Cycles between the last product of a tile and the first of the next, if no other warpgroup multiplies in between. */
@@ -199,7 +212,7 @@ export function hopperTiling(p: MatrixProduct): HopperTiling {
       const perExpert = rows * columns;
       const cluster = parts > 1 ? 1 : clusterOf(own, tile, rows, columns);
       const raster = rasterOf(tile, rows);
-      const all = perExpert * p.experts * parts;
+      const all = perExpert * p.experts * parts * (p.twin ? 2 : 1);
       const most = mostTiles(own, tile.rows, tile.columns) * parts;
       const blocks = Math.min(MULTIPROCESSORS, Math.ceil(most / cluster) * cluster);
       const cycles = cyclesOf(own, tile, cluster, all) + (parts > 1 ? AGAIN + ((parts + 1) * p.m * p.n * 4) / 25 / MULTIPROCESSORS : 0);
@@ -219,6 +232,7 @@ const splitsOf = (p: MatrixProduct): readonly number[] =>
   p.ragged ||
   p.addends ||
   p.epilogue ||
+  p.twin ||
   p.a.depthFirst ||
   p.b.depthFirst ||
   mostTiles(p, 128, 64) > MULTIPROCESSORS ||
@@ -236,7 +250,7 @@ const tilesOf = (p: MatrixProduct, tile: Tile): number => Math.ceil((p.ragged ==
  * depth, each expert needs an even number of tiles. With few rows of tiles, adjacent tiles are rarely in one column.
  */
 function clusterOf(p: MatrixProduct, tile: Tile, rows: number, columns: number): 1 | 2 {
-  if (p.epilogue || tile.columns % 128 !== 0 || rows < (p.ragged === "rows" ? 4 : 2)) return 1;
+  if (p.epilogue || p.twin || tile.columns % 128 !== 0 || rows < (p.ragged === "rows" ? 4 : 2)) return 1;
   return p.ragged === "depth" && (rows * columns) % 2 !== 0 ? 1 : 2;
 }
 

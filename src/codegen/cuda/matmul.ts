@@ -13,10 +13,10 @@ export const sidesOf = (p: MatrixProduct, operand: "a" | "b"): readonly [number,
   return p[operand].depthFirst ? [p.depth, across] : [across, p.depth];
 };
 
-/** Returns the largest number of tiles of c over all experts: the rows of each expert end in a separate tile. */
+/** Returns the largest number of tiles of c (and of that of its twin) over all experts: the rows of each expert end in a separate tile. */
 export function mostTiles(p: MatrixProduct, rows: number, columns: number): number {
   const high = p.ragged === "rows" ? Math.min(p.m, Math.floor((p.m + p.experts * (rows - 1)) / rows)) : Math.ceil(p.m / rows);
-  return high * Math.ceil(p.n / columns) * (p.ragged === "depth" ? p.experts : 1);
+  return high * Math.ceil(p.n / columns) * (p.ragged === "depth" ? p.experts : 1) * (p.twin ? 2 : 1);
 }
 
 /** An addend of a sum of products. */
