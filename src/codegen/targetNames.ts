@@ -18,12 +18,13 @@ export const targetNames: readonly string[] = ["cpu", ...profiles.map((p) => `we
  */
 export const fusions = ["statistics", "sums", "norm_sums", "heads", "activations", "epilogues", "combine", "twins"] as const;
 /**
- * Those of CUDA targets (test/results/cuda-fusion-2026-11-30.md): the kernels of `norm_sums` take less time, and steps do not; `heads` has not been
- * measured since its gradient was mended.
+ * Returns those of a CUDA target (test/results/cuda-fusion-2026-11-30.md). Products with a formula and pairs of products have kernels of their own
+ * on Hopper alone; elsewhere they are several launches.
  */
-export const cudaFusions = fusions.filter(
-  (name) => name !== "norm_sums" && name !== "heads" && name !== "epilogues" && name !== "combine" && name !== "twins",
-);
+export const cudaFusions = (arch: Arch): Fusion[] =>
+  fusions.filter((name) => !unmeasured.has(name) && (arch === "sm_90a" || (name !== "epilogues" && name !== "twins")));
+/** Fusions that have shown no gain yet. */
+const unmeasured: ReadonlySet<Fusion> = new Set(["norm_sums", "twins"]);
 /** The name of a fusion. */
 export type Fusion = (typeof fusions)[number];
 

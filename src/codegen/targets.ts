@@ -59,7 +59,7 @@ export async function loadTarget(text: string): Promise<Target> {
         suffix: "cu",
         writesFirst: true,
         ...(arch === "sm_90a" && { dividesGrids: true as const }),
-        fuses: cudaFusions,
+        fuses: cudaFusions(arch),
         generate: (spec) => cudaKernels[spec.op](spec, arch),
         weights: weightsKernel,
       };

@@ -25,10 +25,11 @@ function fuse(program: Program, kinds: ReadonlySet<Fusion>): Program {
     let { forward, backward } = c;
     if (kinds.has("heads")) [forward, backward] = [fuseHeads(forward, uses), fuseHeads(backward, uses)];
     if (kinds.has("statistics")) forward = fuseStatistics(forward);
+    // before norms add what they read: the sum of a token's rows saves more
+    if (kinds.has("combine")) [forward, backward] = [fuseCombine(forward, uses), fuseCombine(backward, uses)];
     if (kinds.has("norm_sums")) forward = fuseNormSums(forward, uses);
     if (kinds.has("sums")) backward = fuseSums(backward, uses);
     if (kinds.has("norm_sums")) backward = fuseSlopeSums(backward, uses);
-    if (kinds.has("combine")) [forward, backward] = [fuseCombine(forward, uses), fuseCombine(backward, uses)];
     let chunk: Chunk = { ...c, forward, backward };
     if (kinds.has("activations")) chunk = returnActivationsAgain(chunk, uses);
     if (kinds.has("epilogues"))

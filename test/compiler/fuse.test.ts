@@ -72,16 +72,17 @@ test("sums of input gradients become one product, norms add the residual stream,
       "grouped_gemm_swiglu": 2,
       "grouped_wgrad": -4,
       "grouped_wgrad_pair": 2,
-      "rmsnorm": -4,
+      "rmsnorm": -2,
       "rmsnorm_grad": -4,
-      "rmsnorm_grad_add": 2,
-      "rmsnorm_grad_add_pair": 2,
-      "rmsnorm_sum": 4,
+      "rmsnorm_grad_add": 4,
+      "rmsnorm_sum": 2,
       "row_max": -1,
       "softmax_statistics": 1,
       "softmax_terms": -1,
       "swiglu_rows": -2,
       "swiglu_rows_grad": -2,
+      "unpermute": -4,
+      "unpermute_add": 4,
     }
   `);
 });
@@ -97,9 +98,9 @@ test("a norm that follows a sum of two sums reads all three addends, as does the
       "rmsnorm": -4,
       "rmsnorm_grad": -4,
       "rmsnorm_grad_add": 2,
-      "rmsnorm_grad_add_triple": 2,
-      "rmsnorm_sum": 2,
-      "rmsnorm_sum_triple": 2,
+      "rmsnorm_grad_add_pair": 2,
+      "rmsnorm_sum": 4,
+      "unpermute_add": 4,
     }
   `);
 });
