@@ -12,7 +12,7 @@ import { type Arch, archs } from "../../schemas/devices.ts";
 import { cudaKernels } from "../../src/codegen/cuda/index.ts";
 import type { GeneratedKernel } from "../../src/codegen/kernelSpec.ts";
 import { ops } from "../../src/ops/index.ts";
-import { adding, products, type Sizes, specFor } from "../support/productCases.ts";
+import { adding, fusedCaseOf, products, type Sizes, specFor } from "../support/productCases.ts";
 import { byTier, full } from "../support/tiers.ts";
 
 const run = promisify(execFile);
@@ -46,6 +46,16 @@ describe.skipIf(compiler)(`for nvcc${compiler}`, () => {
   };
   for (const { options, rows } of byTier(Object.entries(made), ([arch]) => arch === "sm_100a"))
     test.each(rows)("%s: products compile without register spills", options, staysInRegisters);
+  // grouped_dgrad_swiglu keeps two values of a tile in local memory: 16 bytes, which are stored and loaded once a tile
+  test("sm_90a: products with an epilogue and pairs of products compile without register spills", full, () =>
+    staysInRegisters(
+      "sm_90a",
+      (["gemm_swiglu", "grouped_gemm_swiglu", "gemm_dgrad_swiglu", "grouped_wgrad_pair"] as const).map((op) => {
+        const sizes = op.startsWith("grouped") ? { K: 512, N: 768, rows: [300, 200] } : { S: 512, K: 768, N: 512 };
+        return cudaKernels[op](fusedCaseOf(`fused_${op}`, op, sizes, "bf16").use, "sm_90a");
+      }),
+    ),
+  );
   test.each(Object.entries(f16))("%s: products of f16 compile without register spills", full, staysInRegisters);
 
   const whole = { S: 4096, U: 4096, chunk: 0, ranks: 1 };
