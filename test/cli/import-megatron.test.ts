@@ -709,6 +709,11 @@ describe("public recipes", () => {
     expect(parallel).toMatchObject({ sequence: true, expert_tensor: 1, data: 8 });
   });
 
+  test("--tp-comm-overlap becomes parts of products, as many as Transformer Engine's default", () => {
+    const { parallel } = complete(list("Mixtral-8x22B", 128, [2, 8, 8, 256], `${alltoall} --tp-comm-overlap`));
+    expect(parallel).toMatchObject({ tensor: 2, sequence: true, tensor_overlap: 4 });
+  });
+
   test("Moonlight in a script with positional words, strings of flags and eval", () => {
     const words = "dsw A3B 1 512 1e-4 1e-5 4096 bf16 1 1 8 true sel /data/x_text_document 100000000000 1000000000".split(" ");
     const result = script("moonlight.sh", { words, vocab: 163840 });
