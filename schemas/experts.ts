@@ -44,9 +44,14 @@ export interface RanksOfToken {
 export function ranksOfToken({ experts, router }: Pick<Moe, "experts" | "router">, ranks: number, rows: number): RanksOfToken {
   const { groups, group_top_k } = router;
   const own = experts / ranks;
-  const limited = router.type === "top_k" && groups > 1 && rows <= group_top_k * (experts / groups);
-  const reached = !limited ? ranks : ranks % groups === 0 ? (ranks / groups) * group_top_k : Math.min(ranks, group_top_k);
-  const most = Math.min(ranks, reached, Math.ceil(rows));
+  const size = experts / groups;
+  const choosesByGroups = router.type === "top_k" && router.force === "none" && evenBy(router) === undefined;
+  const limited = choosesByGroups && rows <= group_top_k * size;
+  // a group that is not of whole ranks may share its first and its last one
+  const touched = (g: number): number => Math.floor(((g + 1) * size - 1) / own) - Math.floor((g * size) / own) + 1;
+  const ofGroup = limited ? Math.max(...Array.from({ length: groups }, (_, g) => touched(g))) : ranks;
+  const reached = limited ? Math.min(ranks, group_top_k * ofGroup) : ranks;
+  const most = Math.min(reached, Math.ceil(rows));
   // where groups are whole ranks, a token draws from the experts of those that it reaches
   const [open, from] = limited && ranks % groups === 0 ? [reached, reached * own] : [ranks, experts];
   let missed = 1;

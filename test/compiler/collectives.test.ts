@@ -61,6 +61,10 @@ test("a router that is limited to groups of experts limits the ranks of a token"
   expect(of(256, 16, 8, router).most).toBe(8);
   expect(of(256, 4, 8, router).most).toBe(4);
   expect(of(256, 2, 8).most).toBe(2);
+  // a group of 3 experts lies on two of three ranks of 2
+  expect(of(6, 3, 2, { groups: 2, group_top_k: 1 }).most).toBe(2);
+  // what chooses without groups is not limited by them
+  expect(of(8, 4, 4, { groups: 2, group_top_k: 1, force: "uniform" }).most).toBe(4);
 });
 const product = (n: number, of: (i: number) => number): number => Array.from({ length: n }, (_, i) => of(i)).reduce((a, b) => a * b, 1);
 const routed = (more: object) => ({

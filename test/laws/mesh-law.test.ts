@@ -269,6 +269,8 @@ describe("on named meshes", () => {
     ],
     [{ world: 4, expert: 4 }, { router: { groups: 2, group_top_k: 1, aux_coeff: 0.05 } }],
     [{ world: 4, expert: 4 }, { router: { type: "expert_choice", normalize_top_k: false } }],
+    // a rank has two groups
+    [{ world: 2, expert: 2 }, { router: { groups: 4, group_top_k: 2, aux_coeff: 0.05 } }],
   ];
   for (const { options, rows } of byTier(once, (_, i) => i < 2))
     test.each(rows.map((c) => [JSON.stringify(c), ...c] as const))(
@@ -304,6 +306,11 @@ describe("on grids that do not nest", () => {
     [{ world: 12, tensor: 2, sequence: true, expert: 3, distributed_optimizer: true, optimizer_instances: 2 }],
     [{ world: 6, tensor: 2, sequence: true, expert: 3 }, { router: { type: "expert_choice", normalize_top_k: false } }],
     [{ world: 12, tensor: 2, sequence: true, context: 2, expert: 3, expert_tensor: 2, distributed_optimizer: true }, { dispatch: "once" }],
+    // a group of 3 experts lies on two of three ranks
+    [
+      { world: 12, context: 2, expert: 3 },
+      { dispatch: "once", router: { groups: 2, group_top_k: 1, aux_coeff: 0.05 } },
+    ],
   ];
   for (const { options, rows } of byTier(pairs, (_, i) => i === 6))
     test.each(rows.map((c) => [JSON.stringify(c), ...c] as const))("%s", options, async (_, parallel, over = {}, train = {}) => {
