@@ -98,14 +98,15 @@ async function twoGpus(): Promise<void> {
     "from",
   );
   const errors: number[] = [];
-  /** The errors of one GPU, by whether it runs eight microbatches: those of the machine's kernels. */
-  const alone = new Map<boolean, number>();
+  /** The estimates of one GPU over its measured steps, by its name: those of the machine's kernels. */
+  const alone = new Map<string, number>();
   for (const row of readTable("two-gpus.tsv")) {
     const train = {
       ...base.train,
       micro_batch: Number(row.micro),
       global_batch: Number(row.batch),
       optimizer: { type: "adamw", lr: 1e-6 },
+      ...parse(row.train ?? ""),
     };
     const text = stringify({ ...base, parallel: parse(row.parallel ?? ""), train });
     const { job, findings } = readJob(text, `${row.mesh}.yaml`);
@@ -114,12 +115,12 @@ async function twoGpus(): Promise<void> {
     const [{ communication }] = [...stages].sort((a, b) => a.parts.bubble - b.parts.bubble) as [(typeof stages)[number]];
     const sum = (key: "total" | "exposed"): string => (1000 * communication.reduce((all, own) => all + own[key], 0)).toFixed(1);
     const [measured, ms] = [Number(row.step_ms), 1000 * seconds];
-    const isLong = row.mesh?.includes("8 microbatches") ?? false;
-    if (row.mesh?.startsWith("one GPU")) alone.set(isLong, ms / measured);
-    const over = ms / (alone.get(isLong) ?? 1);
-    if (row.use === "held out" && !row.mesh?.startsWith("one GPU")) errors.push(error(over, measured));
+    const [mesh = "", ofOne = ""] = [row.mesh, row.alone];
+    if (mesh === ofOne) alone.set(mesh, ms / measured);
+    const over = ms / (alone.get(ofOne) ?? Number.NaN);
+    if (row.use === "held out" && mesh !== ofOne) errors.push(error(over, measured));
     print([
-      ...[row.mesh ?? "", measured.toFixed(1), ms.toFixed(1), errorText(ms, measured), errorText(over, measured)],
+      ...[mesh, measured.toFixed(1), ms.toFixed(1), errorText(ms, measured), errorText(over, measured)],
       ...[row.communication_ms ?? "", sum("total"), row.exposed_ms ?? "", sum("exposed"), row.use ?? ""],
     ]);
   }

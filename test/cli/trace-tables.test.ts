@@ -1,7 +1,11 @@
 /** Tables of measured profiles: communication that nothing runs beside, and kernels beside it against the same kernels alone. */
+import { readdirSync, readFileSync } from "node:fs";
+import { join } from "node:path";
+import { gunzipSync } from "node:zlib";
 import { expect, test } from "vitest";
 import { traceOf } from "../../src/report/profile.ts";
 import { besideRows, besideTable, exposedTime, prunedTrace, type Slice, slicesOf } from "../bench/traceTables.ts";
+import { root } from "../support/checkout.ts";
 
 const timing = (rank: number, id: string, op: string, stream: string, begin_us: number, end_us: number) => ({
   ...{ rank, id, op, stream, begin_us, end_us, kernel: "" },
@@ -48,4 +52,39 @@ test("a pruned trace has one rank and tenths of a microsecond, and the same tabl
     expect(pruned[n]?.end).toBeCloseTo(s.end, 0);
   }
   expect(slicesOf(prunedTrace(trace), 1)).toEqual([]);
+});
+
+const folder = join(root, "test/results/traces-cuda-host");
+const record = readFileSync(join(root, "test/results/cuda-host-2026-11-30.md"), "utf8").split("\n");
+const kept = (name: string): string => gunzipSync(readFileSync(join(folder, `${name}.trace.json.gz`))).toString();
+
+test("kept traces of two GPUs are small, and their events have what viewers of Chrome traces need", () => {
+  const files = readdirSync(folder);
+  expect(files.length).toBeGreaterThan(0);
+  for (const file of files) {
+    expect(readFileSync(join(folder, file)).length, file).toBeLessThan(200_000);
+    const { traceEvents } = JSON.parse(kept(file.replace(".trace.json.gz", ""))) as { traceEvents: Record<string, unknown>[] };
+    const work = traceEvents.filter(({ ph }) => ph === "X");
+    expect(work.length, file).toBeGreaterThan(100);
+    for (const { name, ts, dur } of work) expect([typeof name, typeof ts, typeof dur], file).toEqual(["string", "number", "number"]);
+    const threads = traceEvents.filter(({ name }) => name === "thread_name").map(({ tid }) => tid);
+    for (const { tid } of work) expect(threads, file).toContain(tid);
+  }
+});
+
+test("kept traces of two GPUs give the tables of their record", () => {
+  const isMove = ({ op }: Slice): boolean => ["all_gather", "reduce_scatter", "all_reduce"].includes(op);
+  for (const mesh of ["data 2, overlap, gathered in forward, sums in bf16", "data 2, overlap, gathered in forward, gradients in bf16"]) {
+    const slices = slicesOf(kept(mesh.replaceAll(/[^a-z0-9]+/gi, "-")));
+    const [kernels, communication] = [slices.filter((s) => !isMove(s)), slices.filter(isMove)];
+    const { busy, alone } = exposedTime(communication, kernels);
+    const row = record.find((line) => line.startsWith(`| ${mesh} |`)) ?? "";
+    expect(row.split(" | ").slice(5, 7), mesh).toEqual([busy, alone].map((us) => (us / 1e3).toFixed(1)));
+    // the trace of one GPU with gradients in bf16 was not kept
+    if (!mesh.endsWith("sums in bf16")) continue;
+    const table = besideTable(besideRows(kernels, communication, slicesOf(kept("one-GPU"))).slice(0, 12));
+    const at = record.indexOf(`### ${mesh}`);
+    expect(at).toBeGreaterThan(0);
+    expect(record.slice(at + 2, at + 2 + table.length)).toEqual(table);
+  }
 });
