@@ -10,6 +10,8 @@
  */
 import { readFileSync } from "node:fs";
 import { parse, stringify } from "yaml";
+import type { DeviceProfile } from "../../schemas/deviceProfile.ts";
+import { merged } from "../../src/analysis/estimate/calibrate.ts";
 import { estimate } from "../../src/analysis/estimate/estimate.ts";
 import { packageProfile } from "../../src/analysis/estimate/profiles.ts";
 import { loadTarget } from "../../src/codegen/targets.ts";
@@ -80,9 +82,22 @@ interface Compared {
   readonly memory: number | undefined;
 }
 
-/** Steps of Mixtral cut to four layers on meshes of two H200, with the profile of the package: what overlap hides, and what it slows down. */
+/** Returns a profile whose collectives of two ranks are those that were measured on two H200. */
+function withMeasuredLinks(profile: DeviceProfile): DeviceProfile {
+  const { tables }: Pick<DeviceProfile["links"]["host"], "tables"> = JSON.parse(
+    readFileSync(new URL("../fixtures/estimate/links-two-h200.json", import.meta.url), "utf8"),
+  );
+  const host = profile.links.host;
+  return { ...profile, links: { ...profile.links, host: { ...host, tables: merged(host.tables, tables) } } };
+}
+
+/**
+ * Steps of Mixtral cut to four layers on meshes of two H200: what overlap hides, and what it slows down. Estimates have the profile of the package,
+ * the last two columns the links that were measured.
+ */
 async function twoGpus(): Promise<void> {
   const profile = packageProfile("h200-141gb")!;
+  const linked = withMeasuredLinks(profile);
   const target = await loadTarget("cuda:sm_90a");
   const base = parse(readFileSync(new URL("jobs/mixtral-8x7b-4-layers.yaml", import.meta.url), "utf8"));
   head(
@@ -96,6 +111,8 @@ async function twoGpus(): Promise<void> {
     "exposed, measured",
     "estimate",
     "from",
+    "communication, measured links",
+    "over one GPU",
   );
   const errors: number[] = [];
   /** The estimates of one GPU over its measured steps, by its name: those of the machine's kernels. */
@@ -111,9 +128,13 @@ async function twoGpus(): Promise<void> {
     const text = stringify({ ...base, parallel: parse(row.parallel ?? ""), train });
     const { job, findings } = readJob(text, `${row.mesh}.yaml`);
     if (!job) throw new Error(`${row.mesh}: ${findings.map(({ code }) => code).join()}`);
-    const { seconds, stages } = estimate(compile(job, { target }).plan, { profile });
-    const [{ communication }] = [...stages].sort((a, b) => a.parts.bubble - b.parts.bubble) as [(typeof stages)[number]];
-    const sum = (key: "total" | "exposed"): string => (1000 * communication.reduce((all, own) => all + own[key], 0)).toFixed(1);
+    const { plan } = compile(job, { target });
+    const { seconds, stages } = estimate(plan, { profile });
+    const { seconds: linkedSeconds, stages: linkedStages } = estimate(plan, { profile: linked });
+    const sum = (key: "total" | "exposed", of = stages): string => {
+      const [{ communication }] = [...of].sort((a, b) => a.parts.bubble - b.parts.bubble) as [(typeof stages)[number]];
+      return (1000 * communication.reduce((all, own) => all + own[key], 0)).toFixed(1);
+    };
     const [measured, ms] = [Number(row.step_ms), 1000 * seconds];
     const [mesh = "", ofOne = ""] = [row.mesh, row.alone];
     if (mesh === ofOne) alone.set(mesh, ms / measured);
@@ -122,6 +143,7 @@ async function twoGpus(): Promise<void> {
     print([
       ...[mesh, measured.toFixed(1), ms.toFixed(1), errorText(ms, measured), errorText(over, measured)],
       ...[row.communication_ms ?? "", sum("total"), row.exposed_ms ?? "", sum("exposed"), row.use ?? ""],
+      ...[sum("total", linkedStages), errorText((1000 * linkedSeconds) / (alone.get(ofOne) ?? Number.NaN), measured)],
     ]);
   }
   const mean = errors.reduce((all, e) => all + Math.abs(e), 0) / errors.length;

@@ -126,7 +126,7 @@ function stageShapes(plan: Plan, stage: number) {
 type Tables = DeviceProfile["links"]["host"]["tables"];
 
 /** Returns the measured tables, and of `base` those of other collectives and of groups of other sizes. */
-function merged(base: Tables, measured: Tables): Tables {
+export function merged(base: Tables, measured: Tables): Tables {
   const kinds = Object.keys({ ...base, ...measured }) as CollectiveKind[];
   return Object.fromEntries(
     kinds.map((how) => {
