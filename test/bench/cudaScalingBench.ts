@@ -84,6 +84,10 @@ const meshes: Readonly<Record<string, Mesh>> = {
     ...{ parallel: { ...forward, communication_sms: 16 }, train: { gradients: "bf16" }, batch: 4, alone: bf16, goal: 0.95 },
   },
   "tensor 2, expert 2": { parallel: { ...tensor, expert: 2 }, micro: 4, batch: 4, alone: one, goal: 0.85 },
+  "tensor 2, expert 2, overlap": {
+    parallel: { ...tensor, expert: 2, tensor_overlap: "backward", gradient_bucket: 256 },
+    ...{ micro: 4, batch: 4, alone: one, goal: 0.85 },
+  },
   [eight]: { parallel: { world: 1 }, batch: 16, alone: eight },
   "pipeline 2, zero-bubble, 8 microbatches": { parallel: { ...pipeline, schedule: "zero_bubble" }, batch: 16, alone: eight, goal: 0.9 },
   "pipeline 2, two chunks, 8 microbatches": { parallel: { ...pipeline, virtual_pipeline: 2 }, batch: 16, alone: eight, goal: 0.9 },
