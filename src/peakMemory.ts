@@ -18,9 +18,9 @@ import { lower } from "./passes/lower.ts";
 import { aligned, forwardWorkspace, planMemory } from "./passes/memory.ts";
 import { buildMesh, type Mesh } from "./passes/mesh.ts";
 import { overlap } from "./passes/overlap.ts";
-import { chunkOfVirtual, type Pipeline, pipelineOf, stageOfVirtual } from "./passes/pipelineStages.ts";
+import { chunkOfVirtual, type Pipeline, pipelineOf, runsInPairs, stageOfVirtual } from "./passes/pipelineStages.ts";
 import type { Lowered } from "./passes/programBuilder.ts";
-import { runsInPairs, schedule } from "./passes/schedule.ts";
+import { schedule } from "./passes/schedule.ts";
 import { shardJob } from "./passes/shardJob.ts";
 
 /** Compiled repetitions of a stretch. Each further repetition adds the same bytes. */

@@ -1,6 +1,6 @@
 /** The memory of a job in closed form, without compiling it: what searches and `init` sort out choices by. */
 import { type Job, paddedVocab } from "../../schemas/job.ts";
-import { readLayout } from "../passes/pipelineStages.ts";
+import { readLayout, runsInPairs } from "../passes/pipelineStages.ts";
 import { parameterCount, routedCount } from "./parameterCount.ts";
 
 /** Returns about how many bytes the fullest rank needs at its peak. */
@@ -25,12 +25,14 @@ export function memoryForecast(job: Job): number {
   const perLayer = tokens * bytes * activationsOfToken(job);
   const workspace = tokens * bytes * (activationsOfToken(withoutRecompute(job)) + 4 * model.hidden);
   const logits = tokens * vocab * (bytes + 4);
-  if (p.pipeline === 1) return state(1, 1) + perLayer * model.layers + Math.max(workspace, logits);
   const microbatches = train.global_batch / (train.micro_batch * p.data);
+  const inPairs = runsInPairs(job);
+  if (p.pipeline === 1)
+    return state(1, 1) + perLayer * model.layers * Math.min(inPairs ? 2 : 1, microbatches) + Math.max(workspace, logits);
   const layers = layersOfStages(job);
   const stages = layers.map((own, s) => {
     const isLast = s === layers.length - 1;
-    const kept = perLayer * own * Math.min(activationCopies(p, isLast ? p.pipeline - 1 : s), microbatches);
+    const kept = perLayer * own * Math.min(activationCopies(p, isLast ? p.pipeline - 1 : s, inPairs), microbatches);
     return state(own / model.layers, s === 0 || isLast ? 0.5 : 0) + kept + (isLast ? Math.max(workspace, logits) : workspace);
   });
   return Math.max(...stages);
@@ -38,16 +40,17 @@ export function memoryForecast(job: Job): number {
 
 /**
  * Returns the copies of the activations of a stage: the mean of its chunks. Interleaved, half of the chunks have two for each stage and the others
- * one; of the later stages, the last chunks of each half have fewer.
+ * one; of the later stages, the last chunks of each half have fewer. In pairs one chunk has one more, and without chunks a stage has twice as many.
  */
 export function activationCopies(
   { pipeline, virtual_pipeline: v }: Pick<Job["parallel"], "pipeline" | "virtual_pipeline">,
   stage: number,
+  inPairs = false,
 ): number {
-  if (v === 1) return pipeline - stage;
+  if (v === 1) return (inPairs ? 2 : 1) * (pipeline - stage);
   const whole = 1.5 * pipeline * v;
   const changed = v % 2 === 0 ? -Math.max(0, 4 * (stage - pipeline / 2) + 2) : pipeline / 2 - 1 - 2 * stage;
-  return (whole + changed) / v;
+  return (whole + changed + Number(inPairs)) / v;
 }
 
 /** Returns the layers of each stage. */

@@ -119,3 +119,7 @@ export function readLayout(text: string): string[] | string {
     return `it places ${flat.length > 20 ? `${flat.slice(0, 20)}…` : flat || "nothing"}: the embedding E comes first, then the layers t, then those of multi-token prediction m, then the head L, each of E and L once`;
   return all.split("|");
 }
+
+/** Returns whether a job runs forwards and backwards in pairs: it does where there are exchanges of rows to hide. */
+export const runsInPairs = ({ parallel: p }: Pick<Job, "parallel">): boolean =>
+  p.expert_overlap === "interleave" && p.expert > 1 && p.schedule === "1f1b";

@@ -12,6 +12,7 @@ import type { BlockRun } from "../../schemas/plan.ts";
 import { blockTag } from "../../schemas/program.ts";
 import { largest } from "../units.ts";
 import { pairs } from "./layout.ts";
+import { runsInPairs } from "./pipelineStages.ts";
 
 /** The block runs of one stage, and the capacities that they need. */
 export interface Schedule {
@@ -24,10 +25,6 @@ export interface Schedule {
 }
 
 type Scheduled = Pick<Job, "train" | "parallel">;
-
-/** Returns whether a job runs forwards and backwards in pairs: it does where there are exchanges of rows to hide. */
-export const runsInPairs = ({ parallel: p }: Pick<Job, "parallel">): boolean =>
-  p.expert_overlap === "interleave" && p.expert > 1 && p.schedule === "1f1b";
 
 /** Returns the number of microbatches of a step with the full batch. */
 export const microbatchesOf = ({ train, parallel }: Scheduled): number => train.global_batch / (train.micro_batch * parallel.data);

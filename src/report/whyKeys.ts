@@ -4,7 +4,7 @@ import type { Job } from "../../schemas/job.ts";
 import type { Buffer, Collective, Compute, Instruction } from "../../schemas/plan.ts";
 import type { Block } from "../../schemas/program.ts";
 import { isComputedAgain, moduleOf } from "../analysis/idParts.ts";
-import { runsInPairs } from "../passes/schedule.ts";
+import { runsInPairs } from "../passes/pipelineStages.ts";
 
 /** Changes of a job, and their price. */
 export interface Cure {

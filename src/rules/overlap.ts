@@ -1,7 +1,7 @@
 /** Rules P13x: communication beside compute. */
 import { deviceOf } from "../../schemas/devices.ts";
 import type { Job } from "../../schemas/job.ts";
-import { runsInPairs } from "../passes/schedule.ts";
+import { runsInPairs } from "../passes/pipelineStages.ts";
 import { microbatches } from "./mesh.ts";
 import { type Rule, rule } from "./rule.ts";
 

@@ -30,16 +30,30 @@ const job = jobOf({
 test("activation copies are those of the schedule, as the mean of a stage's chunks, with many microbatches", () => {
   for (const pipeline of [2, 4, 8, 16])
     for (const virtual_pipeline of [1, 2, 3, 4, 5, 8]) {
-      const parallel = { ...job.parallel, pipeline, virtual_pipeline, data: 4 };
-      const copies = schedule({ ...job, parallel }, virtual_pipeline).map((stage) => stage.copies);
-      for (const [stage, own] of copies.entries()) {
-        const mean = own.reduce((a, b) => a + b, 0) / virtual_pipeline;
-        // one copy more or less on one chunk, where chunks of the two halves meet
-        expect(Math.abs(activationCopies(parallel, stage) - mean), `${pipeline} ${virtual_pipeline} ${stage}`).toBeLessThanOrEqual(
-          2 / virtual_pipeline,
-        );
+      for (const inPairs of [false, true]) {
+        const asked = inPairs ? ({ expert: 2, expert_overlap: "interleave" } as const) : {};
+        const parallel = { ...job.parallel, pipeline, virtual_pipeline, data: 4, ...asked };
+        const copies = schedule({ ...job, parallel }, virtual_pipeline).map((stage) => stage.copies);
+        for (const [stage, own] of copies.entries()) {
+          const mean = own.reduce((a, b) => a + b, 0) / virtual_pipeline;
+          // one copy more or less on one chunk, where chunks of the two halves meet
+          const off = Math.abs(activationCopies(parallel, stage, inPairs) - mean);
+          expect(off, `${pipeline} ${virtual_pipeline} ${stage} ${inPairs}`).toBeLessThanOrEqual(2 / virtual_pipeline);
+        }
       }
     }
+});
+
+test("the forecast of pairs of microbatches has their copies: it is near the exact peak, with and without a pipeline", async () => {
+  const target = await loadTarget("cuda:sm_90a");
+  for (const own of [{ expert: 8 }, { expert: 8, pipeline: 4 }, { expert: 8, pipeline: 4, virtual_pipeline: 2 }]) {
+    const data = job.parallel.world / ("pipeline" in own ? own.pipeline : 1);
+    const paired = { ...job, parallel: { ...job.parallel, ...own, data, expert_overlap: "interleave" as const } };
+    const single = { ...paired, parallel: { ...paired.parallel, expert_overlap: "none" as const } };
+    const forecast = memoryForecast(paired);
+    expect(Math.abs(forecast / peakOf(paired, target).bytes - 1), JSON.stringify(own)).toBeLessThan(0.15);
+    expect(forecast).toBeGreaterThanOrEqual(memoryForecast(single));
+  }
 });
 
 test("the forecast of random choices that need more than 20 GiB is near the exact peak: 4 % on average, none beyond 15 %", async () => {

@@ -22,6 +22,7 @@ export const estimatedJobs = fc
     zeroBubble: fc.boolean(),
     buckets: fc.boolean(),
     shared: fc.boolean(),
+    pairs: fc.boolean(),
     once: fc.boolean(),
     parts: fc.boolean(),
     gpus_per_node: fc.constantFrom(2, 4, 8),
@@ -61,7 +62,7 @@ export const estimatedJobs = fc
         },
         ...{ schedule: d.zeroBubble ? "zero_bubble" : "1f1b", distributed_optimizer: true, ...(moe && { expert: data }) },
         ...(buckets && { gradient_bucket: 1, parameter_bucket: 1 }),
-        ...(moe && d.shared && data > 1 && { expert_overlap: "shared" }),
+        ...(moe && data > 1 && (d.pairs && !d.zeroBubble ? { expert_overlap: "interleave" } : d.shared && { expert_overlap: "shared" })),
         ...(tensor > 1 && d.parts && { tensor_overlap: moe ? "backward" : 2 }),
       },
       train: {
