@@ -236,6 +236,12 @@ function drawOther(context: CanvasRenderingContext2D, scale: TimeScale, y: (byte
   }
   context.stroke();
   context.setLineDash([]);
+  // its name stands above what is drawn at the left edge
+  const { activation, workspace } = other.most(scale.from, scale.from + 40 * each);
+  context.fillStyle = palette.value.ink;
+  context.textAlign = "left";
+  context.textBaseline = "alphabetic";
+  context.fillText(["before", "after"][other.model.index] ?? "", scale.left + 4, Math.max(TOP + 8, y(state + activation + workspace) - 8));
 }
 
 interface Line {

@@ -181,6 +181,9 @@ function pairText(of: PlanModel, from: number, to: number): string {
   return `rank ${from} to rank ${to}: ${bytes > 0 ? `${bytesText(Math.round(bytes))} a step, ${where}` : "nothing"}`;
 }
 
+/** Pixels between two numbers of ranks. */
+const ROOM = 34;
+
 /** Draws the numbers of ranks, borders of stages or nodes, and the selection. */
 function drawFrame(context: CanvasRenderingContext2D, place: MatrixPlace, of: PlanModel): void {
   const { mesh } = of.view;
@@ -191,21 +194,25 @@ function drawFrame(context: CanvasRenderingContext2D, place: MatrixPlace, of: Pl
   context.fillStyle = colours.quiet;
   context.lineWidth = 1;
   context.textBaseline = "middle";
-  const labelled = each * borders >= 34 ? 1 : Math.ceil(34 / (each * borders));
   for (let n = Math.ceil(from.x / borders); n * borders <= from.x + size; n++) {
     const x = Math.round(left + (n * borders - from.x) * each) + 0.5;
     line(context, x, top, x, top + side);
-    if (n % labelled !== 0 || n * borders >= mesh.world) continue;
-    context.textAlign = "left";
-    context.fillText(String(n * borders), x + 2, top - 9);
   }
   for (let n = Math.ceil(from.y / borders); n * borders <= from.y + size; n++) {
     const y = Math.round(top + (n * borders - from.y) * each) + 0.5;
     line(context, left, y, left + side, y);
-    if (n % labelled !== 0 || n * borders >= mesh.world) continue;
-    context.textAlign = "right";
-    context.fillText(String(n * borders), left - 6, y + 8);
   }
+  // a number for each rank if there is room, or for borders that are far enough apart
+  const apart = each >= ROOM ? 1 : borders * Math.ceil(ROOM / (each * borders));
+  const numbers = (first: number): number[] => {
+    const start = Math.ceil(first / apart) * apart;
+    const count = Math.max(0, Math.ceil((Math.min(mesh.world, first + size) - start) / apart));
+    return Array.from({ length: count }, (_, n) => start + n * apart);
+  };
+  context.textAlign = "left";
+  for (const rank of numbers(from.x)) context.fillText(String(rank), Math.round(left + (rank - from.x) * each) + 2.5, top - 9);
+  context.textAlign = "right";
+  for (const rank of numbers(from.y)) context.fillText(String(rank), left - 6, Math.round(top + (rank - from.y) * each) + 8.5);
   context.textAlign = "left";
   context.fillText("to rank", left, top - 28);
   context.textAlign = "right";
