@@ -22,9 +22,7 @@ export const fusions = ["statistics", "sums", "norm_sums", "heads", "activations
  * on Hopper alone; elsewhere they are several launches.
  */
 export const cudaFusions = (arch: Arch): Fusion[] =>
-  fusions.filter((name) => !unmeasured.has(name) && (arch === "sm_90a" || (name !== "epilogues" && name !== "twins")));
-/** Fusions that have shown no gain yet. */
-const unmeasured: ReadonlySet<Fusion> = new Set(["norm_sums", "twins"]);
+  fusions.filter((name) => arch === "sm_90a" || (name !== "epilogues" && name !== "twins"));
 /** The name of a fusion. */
 export type Fusion = (typeof fusions)[number];
 
