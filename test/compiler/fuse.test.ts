@@ -105,6 +105,24 @@ test("a norm that follows a sum of two sums reads all three addends, as does the
   `);
 });
 
+test("the input gradient of a gate of one column stays apart from those of the shared experts, whose kernels need aligned rows", () => {
+  const { moe: of } = moe;
+  const counts = changes(jobWith({ moe: { ...of, shared: { ffn: 16, gate: true } } }));
+  expect(Object.fromEntries(Object.entries(counts).filter(([op]) => /^gemm_dgrad/.test(op)))).toMatchInlineSnapshot(`
+    {
+      "gemm_dgrad": -8,
+      "gemm_dgrad_swiglu": 2,
+      "gemm_dgrad_triple": 2,
+    }
+  `);
+  const gated = planOf(jobWith({ moe: { ...of, shared: { ffn: 16, gate: true } } }), true).programs.flatMap(instructionsOf);
+  const depths = gated.flatMap((i) =>
+    i.kind === "compute" && /_dgrad_(pair|triple)$/.test(i.op) ? ["N", "F", "D"].flatMap((dim) => i.dims[dim]?.[0] ?? []) : [],
+  );
+  expect(depths.length).toBeGreaterThan(0);
+  expect(depths.flat()).not.toContain(1);
+});
+
 test("norms of heads rotate them, and so do their gradients", () => {
   const counts = changes(jobWith({ qk_norm: "head" }));
   expect(Object.fromEntries(Object.entries(counts).filter(([op]) => /head|rope/.test(op)))).toMatchInlineSnapshot(`

@@ -67,8 +67,11 @@ function sumOf(add: Compute, producers: ReadonlyMap<string, Compute>, uses: Buff
   const op = ops[addends.length];
   const { dtype } = uses.get(y);
   const isUniform = [a, b, ...addends.flatMap(({ dy, w }) => [dy, w])].every((id) => uses.get(id).dtype === dtype);
+  // the fast kernels copy rows in pieces of 16 bytes; one narrow addend, such as that of a gate with one column, would take them from the others
+  const aligned = addends.filter(({ dy }) => (uses.get(dy).shape.at(-1) ?? 0) % 8 === 0).length;
+  const isMixed = aligned > 0 && aligned < addends.length;
   const shared = (i: Compute) => JSON.stringify(dims.map((dim) => i.dims[dim]));
-  if (op === undefined || !isUniform || shared(first) !== shared(second)) return undefined;
+  if (op === undefined || !isUniform || isMixed || shared(first) !== shared(second)) return undefined;
   for (const id of [a, b]) uses.delete(id);
   const instruction: Compute = {
     ...{ kind: "compute", id: add.id, op, kernel: "", attrs: {}, writes: { dx: y } },
