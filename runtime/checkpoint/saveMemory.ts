@@ -41,13 +41,21 @@ export class SaveMemory {
     this.blocks = new HostBlocks(size, localRanks.hostMemory);
   }
 
-  /** Allocates pinned memory between two steps, one block or as many as `milliseconds` allow: it takes about a second for a gigabyte. */
+  /**
+   * Allocates pinned memory while the device computes, one block or as many as end within `milliseconds` if they take as long as the
+   * slowest of this call: it takes about a second for a gigabyte, and the calls of the next step come after it.
+   */
   prepare(milliseconds: number): void {
     if (!this.#settings.localRanks.hostMemory) return;
     if (++this.#prepared > STEPS_BEFORE_STAGING) this.#open();
     const most = this.#isOpen ? this.most : Math.min(RING, this.most);
-    const end = performance.now() + milliseconds;
-    while (this.blocks.grow(most) && performance.now() < end);
+    const begun = performance.now();
+    let [slowest, now] = [0, begun];
+    while (now + slowest < begun + milliseconds && this.blocks.grow(most)) {
+      const last = now;
+      now = performance.now();
+      slowest = Math.max(slowest, now - last);
+    }
   }
 
   /** Returns the staging area, opened on first use; undefined if there is none. Allocates the blocks without which it is of no use. */

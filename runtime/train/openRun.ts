@@ -23,6 +23,9 @@ import { readingOf } from "./inputs.ts";
 import { type Run, runOn } from "./loop.ts";
 import { Parameters } from "./parameters.ts";
 
+/** The share of a step for which the host allocates memory of saves, while the device computes: the rest is for the host's own calls. */
+export const PREPARING = 0.75;
+
 /** Settings of `openRun`. */
 export interface RunSettings {
   /** Returns a cubin of the plan by its file name. */
@@ -118,7 +121,7 @@ export async function openRun(plan: Plan, settings: RunSettings): Promise<OpenRu
       ...(isLoaded ? { isLoaded } : checkpoint && { checkpoint }),
       ...(from && (only === undefined ? { from } : !isLoaded && { checkpoint: { read: (name: string) => weightsOf(from, name) } })),
       ...(watch && { watch }),
-      whileComputing: (seconds) => saver?.prepare(200 * seconds),
+      whileComputing: (seconds) => saver?.prepare(1000 * PREPARING * seconds),
     });
     settings.startup?.end("weights");
     checkpoint?.close();

@@ -12,9 +12,10 @@ import { openCheckpoint } from "../../runtime/checkpoint/checkpoint.ts";
 import { expectComplete, SaveFault } from "../../runtime/checkpoint/commit.ts";
 import { openSafetensors } from "../../runtime/checkpoint/safetensors.ts";
 import { newestCheckpoint } from "../../runtime/checkpoint/saveFolder.ts";
+import { SaveMemory } from "../../runtime/checkpoint/saveMemory.ts";
 import { CheckpointSaver, type SaverSettings } from "../../runtime/checkpoint/saver.ts";
 import { blocksOf, stateFiles } from "../../runtime/checkpoint/stateFiles.ts";
-import { openRun } from "../../runtime/train/openRun.ts";
+import { openRun, PREPARING } from "../../runtime/train/openRun.ts";
 import type { Buffer, Plan } from "../../schemas/plan.ts";
 import { elementsOf } from "../../schemas/sharding.ts";
 import { compile } from "../../src/compile.ts";
@@ -129,6 +130,43 @@ test("training during a write does not change the checkpoint; the next checkpoin
     expect(stallSeconds).toBeLessThanOrEqual(seconds);
   }
   await saver.close();
+});
+
+describe("page-locked memory of a state that the device has no room for", () => {
+  const MIB = 2 ** 20;
+  /** Prepares a 13.2 GB state in so many steps of `step` seconds, with blocks that take `block` milliseconds. Returns the waits by step. */
+  function prepared(steps: number, step: number, block: number): { missing: number; waits: number[] } {
+    let now = 0;
+    const clock = vi.spyOn(performance, "now").mockImplementation(() => now);
+    const memory = vi.spyOn(process, "availableMemory").mockReturnValue(2 ** 37);
+    const hostMemory = {
+      allocate(bytes: number) {
+        now += block;
+        return { bytes: new Uint8Array(), address: BigInt(bytes) };
+      },
+      free: () => {},
+    };
+    const wanted = Math.ceil(13_200_908_053 / (32 * MIB)) + 4;
+    const own = new SaveMemory({ localRanks: { hostMemory }, device: undefined, size: 32 * MIB, wanted });
+    const waits = Array.from({ length: steps }, () => {
+      const begun = now;
+      own.prepare(1000 * PREPARING * step);
+      return now - begun;
+    });
+    for (const mock of [clock, memory]) mock.mockRestore();
+    return { missing: wanted - own.blocks.count, waits };
+  }
+
+  test("is complete before the first save after 150 steps, at the rate that an H200's host has", () => {
+    // 97 blocks of 32 MiB took 2.17 s; a step takes 0.109 s
+    const { missing, waits } = prepared(149, 0.109, 22.4);
+    expect(missing).toBe(0);
+    expect(Math.max(...waits)).toBeLessThanOrEqual(PREPARING * 109);
+  });
+
+  test("takes one block in a step that is shorter than a block", () => {
+    expect(prepared(20, 0.01, 22)).toEqual({ missing: 398 - 20, waits: Array.from({ length: 20 }, () => 22) });
+  });
 });
 
 describe("--keep", () => {
@@ -288,10 +326,16 @@ describe.skipIf(noCompiler)(`on CUDA, before a stand-in for the driver${noCompil
     vi.stubEnv("STAND_IN_FREE", String(Math.floor(0.03 * 141 * 2 ** 30 + roomFor(stateBytes(own)))));
     const opened = vi.spyOn(device, "openStaging");
     const saver = new CheckpointSaver({ plan: own, folder, version: "test", localRanks: ranks, threads: 2, blockBytes: 1 << 15 });
-    saver.prepare(10);
+    const allocated = vi.spyOn(ranks.hostMemory, "allocate");
+    // the first steps of a run wait with blocks for all of the state until they know what the device has room for
+    for (let steps = 0; steps < 100; steps++) saver.prepare(0.001);
+    const prepared = allocated.mock.calls.length;
+    expect(prepared).toBeGreaterThan(0);
     const expected = await Promise.all(entries.map(({ buffer }) => device.read(buffer, 0)));
     cuda.seed(1);
     const { done } = await saver.begin(progress(1));
+    // all blocks were there before the save
+    expect(allocated).toHaveBeenCalledTimes(prepared);
     // training goes on when the copies are done, not when they are issued; the first copy from the staging area may wait
     expect(cuda.queued()).toBeLessThanOrEqual(2);
     const replayed = [await step(), await step(), await step()].flat();
