@@ -1,5 +1,5 @@
 /** A thread that performs tasks in the order in which it receives them. */
-import { parentPort, type Worker } from "node:worker_threads";
+import { parentPort, type ResourceLimits, type Worker } from "node:worker_threads";
 import { Trouble } from "../schemas/trouble.ts";
 import { startThread } from "./thread.ts";
 
@@ -13,8 +13,8 @@ export class TaskThread<Task, Result> {
   readonly #worker: Worker;
   readonly #waiting: { readonly resolve: (result: Result) => void; readonly reject: (error: Error) => void }[] = [];
 
-  constructor(url: string, workerData: unknown) {
-    this.#worker = startThread(url, { workerData });
+  constructor(url: string, workerData: unknown, resourceLimits?: ResourceLimits) {
+    this.#worker = startThread(url, { workerData, ...(resourceLimits && { resourceLimits }) });
     this.#worker.on("message", ({ result, error }: Answer<Result>) => {
       const next = this.#waiting.shift();
       if (this.#waiting.length === 0) this.#worker.unref();

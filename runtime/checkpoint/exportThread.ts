@@ -6,6 +6,7 @@ import type { Job } from "../../schemas/job.ts";
 import { moduleUrl } from "../moduleUrl.ts";
 import { serveTasks, TaskThread } from "../taskThread.ts";
 import { openCheckpoint } from "./checkpoint.ts";
+import { EncodeBuffer } from "./exportMemory.ts";
 import { type ExpertNames, exportedTensors } from "./hfExport.ts";
 import { type ExportDtype, type ExportWriters, type TensorTask, writeTensor } from "./hfFolder.ts";
 
@@ -19,20 +20,25 @@ export interface ExportSource {
 
 /** Bytes for which a thread pays. */
 const SHARE = 2 ** 27;
-/** Bytes of memory of a thread, beside those of tensors. */
-const THREAD = 2 ** 27;
+/** Bytes of memory of a thread, with its heap. */
+const THREAD = 2 ** 26;
+/** The limit of a thread's young objects, in MB: its heap stays small. */
+const YOUNG = 4;
 
-/** Opens threads for an export of so many bytes; undefined: this thread is as fast, or memory lacks for several. */
-export function openExportThreads(source: ExportSource, bytes: number): ExportWriters | undefined {
+/** Opens threads for an export of so many bytes, at most `most`; undefined: this thread is as fast, or memory lacks for several. */
+export function openExportThreads(source: ExportSource, bytes: number, most = availableParallelism()): ExportWriters | undefined {
   const room = Math.floor(process.availableMemory() / 2 / THREAD);
-  const count = Math.min(availableParallelism(), 16, Math.floor(bytes / SHARE), room);
+  const count = Math.min(most, 16, Math.floor(bytes / SHARE), room);
   if (count < 2) return undefined;
   const url = moduleUrl("checkpoint/exportThread", import.meta.url);
-  const threads = Array.from({ length: count }, () => new TaskThread<TensorTask, void>(url, { exportThread: source }));
+  const threads = Array.from(
+    { length: count },
+    () => new TaskThread<TensorTask, number>(url, { exportThread: source }, { maxYoungGenerationSizeMb: YOUNG }),
+  );
   return {
     count,
     async write(writer, task) {
-      await threads[writer]?.perform(task);
+      return (await threads[writer]?.perform(task)) ?? 0;
     },
     async close() {
       await Promise.all(threads.map((thread) => thread.close()));
@@ -43,9 +49,10 @@ export function openExportThreads(source: ExportSource, bytes: number): ExportWr
 const given = (workerData as { exportThread?: ExportSource } | null)?.exportThread;
 if (given) {
   const tensors = exportedTensors(given.model, openCheckpoint(given.checkpoint), given.experts);
+  const encode = new EncodeBuffer();
   serveTasks((task: TensorTask) => {
     const tensor = tensors[task.tensor];
     if (!tensor) throw new Error(`rankc: the export has no tensor ${task.tensor}`);
-    writeTensor(task, tensor, given.dtype);
+    return writeTensor(task, tensor, given.dtype, encode);
   });
 }

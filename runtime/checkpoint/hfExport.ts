@@ -1,13 +1,13 @@
 /**
- * The weights of a checkpoint as tensors of Hugging Face, read when they are written: a matrix that is transposed at a time, and a part of
- * anything else. The slices of a stacked parameter are read one after the other; file tensors that cannot be read in parts are kept until
+ * The weights of a checkpoint as tensors of Hugging Face, read part by part when they are written: rows of a parameter, which are columns of
+ * a tensor where the matrix is transposed. The slices of a stacked parameter are read one after the other; file tensors that cannot be read in parts are kept until
  * the next parameter begins.
  */
 import type { Job } from "../../schemas/job.ts";
 import { depthsOf } from "../../schemas/mtp.ts";
 import type { Ranges } from "../shards.ts";
+import type { Columns } from "./exportMemory.ts";
 import { type HfParameter, parametersOf, product, sizesOf, type TensorSlice } from "./hfLayout.ts";
-import { transpose } from "./transpose.ts";
 
 type Model = Job["model"];
 
@@ -17,10 +17,15 @@ type Model = Job["model"];
  */
 export type ExpertNames = "fused" | "mlp.experts" | "block_sparse_moe";
 
-/** Consecutive elements of a tensor, from element `at`. */
+/** Consecutive elements of a tensor, from element `at`, or columns of a matrix in it. */
 export interface TensorPart {
   readonly at: number;
   readonly values: Float32Array;
+  /**
+   * Present: the values are these columns, one after another, of the matrix that begins at `at`. The parts of a matrix follow one another,
+   * from its first column to its last.
+   */
+  readonly columns?: Columns;
 }
 
 /** A tensor to write. */
@@ -31,14 +36,18 @@ export interface ExportedTensor {
   readonly isExact: boolean;
   /** The parameter that the tensor begins with: tensors of one parameter are best read one after the other. */
   readonly parameter?: string;
-  /** About the most elements in memory while the tensor is read. Default: all. */
+  /** The most elements of a part, but for ranges that have a digest. Default: all. */
   readonly heldElements?: number;
+  /** Elements of the largest matrix that is read by columns. Default: 0. */
+  readonly matrixElements?: number;
+  /** Returns the bytes that the parts of all tensors use one after another. Absent: parts have memory of their own. */
+  bufferBytes?(): number;
   /** Reads the tensor part by part; a part is not used after the next is read. */
   parts(): Iterable<TensorPart>;
 }
 
 /** Elements of a part. */
-const PART = 2 ** 21;
+const PART = 2 ** 20;
 
 interface Part {
   readonly parameter: HfParameter;
@@ -52,8 +61,10 @@ export interface NamedWeights {
   slices(name: string): (ranges: Ranges) => Float32Array;
   /** The functions of `slices` return linear layers as [out, in], the layout of Hugging Face, for the same ranges. */
   readonly isTransposed?: boolean;
-  /** Whether the functions of `slices` read rows of the first dim without the rest of the weight; absent: no. */
+  /** Whether the functions of `slices` read rows without the rest of the weight; absent: no. */
   readsRows?(name: string): boolean;
+  /** Returns the bytes that the results of `slices` use one after another; absent: results have memory of their own. */
+  reusedBytes?(): number;
 }
 
 /**
@@ -82,10 +93,12 @@ export function exportedTensors(model: Model, checkpoint: NamedWeights, experts:
       ...{ name, shape: sizesOf(slice.shape), isExact: name.endsWith("e_score_correction_bias") },
       parameter: own[0]?.parameter.name ?? name,
       heldElements: Math.max(
-        ...own.map((part) =>
-          isRead(part.parameter) ? Math.max(partElements, largestMatrix(part, isTransposed)) : product(part.parameter.shape),
+        ...own.map(({ parameter }) =>
+          isRead(parameter) ? Math.max(partElements, sizesOf(parameter.shape).at(-1) ?? 1) : product(parameter.shape),
         ),
       ),
+      matrixElements: Math.max(...own.map((part) => largestMatrix(part, isTransposed))),
+      bufferBytes: () => checkpoint.reusedBytes?.() ?? 0,
       *parts() {
         for (const { parameter, slice } of own)
           for (const block of slice.blocks) {
@@ -126,43 +139,41 @@ interface BlockReader {
   readonly partElements: number;
 }
 
-/** The elements of the largest block that is transposed, and so read whole. */
+/** The elements of the largest block that is transposed. */
 function largestMatrix({ slice }: Part, isTransposed: boolean): number {
   const matrices = slice.blocks.filter(({ rows }) => rows > 1 && !isTransposed);
   return matrices.reduce((most, { rows, cols }) => Math.max(most, rows * cols), 0);
 }
 
-/**
- * Reads a block of a tensor part by part. `sizes`: of the parameter. A matrix is read whole, and each part is the transpose of some of its
- * columns; what lies in the parameter as in the tensor is read by rows of its first dim.
- */
+/** Reads a block of a tensor part by part, by rows of the parameter. `sizes`: of the parameter. */
 function* partsOf(
   { there, here, rows, cols }: TensorSlice["blocks"][number],
   sizes: readonly number[],
   { read, isTransposed, readsRows, partElements }: BlockReader,
 ): Iterable<TensorPart> {
-  const each = sizes.slice(1).reduce((n, size) => n * size, 1);
   const count = rows * cols;
   if (rows > 1 && !isTransposed) {
-    const values = read(rangesOf(sizes, here, count));
-    const most = Math.max(1, Math.floor(partElements / cols));
-    const out = new Float32Array(Math.min(most, rows) * cols);
-    for (let first = 0; first < rows; first += most) {
-      const taken = Math.min(most, rows - first);
-      transpose(values, [cols, rows], [first, first + taken], out);
-      yield { at: there + first * cols, values: out.subarray(0, taken * cols) };
+    const most = readsRows ? Math.max(1, Math.floor(partElements / rows)) : cols;
+    for (let first = 0; first < cols; first += most) {
+      const values = read(rangesOf(sizes, here + first * rows, Math.min(most, cols - first) * rows));
+      yield { at: there, values, columns: { rows, cols, first } };
     }
   } else {
+    const each = sizes.slice(1).reduce((n, size) => n * size, 1);
     const most = readsRows ? Math.max(1, Math.floor(partElements / each)) * each : count;
     for (let first = 0; first < count; first += most)
       yield { at: there + first, values: read(rangesOf(sizes, here + first, Math.min(most, count - first))) };
   }
 }
 
-/** Returns the ranges of `count` elements from `start`: rows of the first dim. */
+/** Returns the ranges of `count` elements from `start`: rows of the first dim, or rows within one index of it. */
 function rangesOf(sizes: readonly number[], start: number, count: number): Ranges {
   const [, ...rest] = sizes;
   const each = rest.reduce((n, size) => n * size, 1);
+  if (rest.length > 1 && count < each) {
+    const index = Math.floor(start / each);
+    return [[[index, index + 1]], ...rangesOf(rest, start - index * each, count)];
+  }
   if (count % each !== 0 || start % each !== 0) throw new Error(`rankc: elements ${start} to ${start + count} of ${sizes} are no rows`);
   return [[[start / each, (start + count) / each]], ...rest.map((size) => [[0, size] as const])];
 }

@@ -1,6 +1,6 @@
 /**
- * Writes a folder that `from_pretrained` of Hugging Face reads: safetensors files of limited size, their index, and text files. Threads
- * hold little more in memory than the largest tensor takes. The folder appears when it is complete.
+ * Writes a folder that `from_pretrained` of Hugging Face reads: safetensors files of limited size, their index, and text files. The memory
+ * of all threads is limited by exportMemory.ts. The folder appears when it is complete.
  */
 import {
   closeSync,
@@ -15,11 +15,12 @@ import {
   writeSync,
 } from "node:fs";
 import { join, resolve } from "node:path";
-import { type Dtype, dtypes, encoded } from "../../schemas/dtypes.ts";
+import { type Dtype, dtypes } from "../../schemas/dtypes.ts";
 import { itemOf } from "../../schemas/lookup.ts";
 import { elementsOf } from "../../schemas/sharding.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import { makeFolder, unwritten } from "../../schemas/writing.ts";
+import { BESIDE, EncodeBuffer, type MatrixMemory, placeColumns, Regions, Shares } from "./exportMemory.ts";
 import type { ExportedTensor } from "./hfExport.ts";
 import { headerOf } from "./safetensors.ts";
 
@@ -37,6 +38,8 @@ export interface HfFolder {
   readonly copies: Readonly<Record<string, string>>;
   /** Called after each tensor. */
   readonly onTensor?: (writtenBytes: number) => void;
+  /** Called at the end with the most bytes of regions and buffers in use at once (exportMemory.ts). */
+  readonly onMemory?: (bytes: number) => void;
   /** Threads that write tensors; absent: this thread. */
   readonly writers?: ExportWriters;
 }
@@ -46,13 +49,15 @@ export interface TensorTask {
   readonly tensor: number;
   readonly path: string;
   readonly at: number;
+  /** Memory for its largest matrix that is read by columns. */
+  readonly region: MatrixMemory;
 }
 
 /** Threads that make the list of an export themselves, and write tensors of it. */
 export interface ExportWriters {
   readonly count: number;
-  /** `writer`: its number. Rejects with the error of the tensor or of the file system. */
-  write(writer: number, task: TensorTask): Promise<void>;
+  /** `writer`: its number. Returns the bytes of its buffers. Rejects with the error of the tensor or of the file system. */
+  write(writer: number, task: TensorTask): Promise<number>;
   close(): Promise<void>;
 }
 
@@ -78,7 +83,7 @@ function sized(tensor: ExportedTensor, dtype: ExportDtype): Sized {
 export async function writeHfFile(
   path: string,
   tensors: readonly ExportedTensor[],
-  how: Pick<HfFolder, "dtype" | "onTensor" | "writers">,
+  how: Pick<HfFolder, "dtype" | "onTensor" | "onMemory" | "writers">,
 ): Promise<void> {
   const part = `${path}.part`;
   try {
@@ -165,44 +170,48 @@ interface FileToWrite {
   readonly path: string;
   readonly tensors: readonly Sized[];
 }
-interface DueTensor extends TensorTask {
+interface DueTensor extends Omit<TensorTask, "region"> {
   readonly bytes: number;
   readonly parameter: string;
   readonly held: number;
+  /** Bytes of the largest matrix that is read by columns. */
+  readonly matrix: number;
 }
 
-/** Elements that tensors which are read at the same time may have in memory beside the largest of all. */
-const BESIDE = 2 ** 26;
+/** Elements of tensors that are read whole at the same time, beside the largest of all. */
+const WHOLE = 2 ** 26;
 
 /** Writes files: first all headers, then the tensors of one parameter after those of another, each group in one of the writers. */
 async function writeFiles(
   files: readonly FileToWrite[],
   all: readonly ExportedTensor[],
-  how: Pick<HfFolder, "dtype" | "onTensor" | "writers">,
+  how: Pick<HfFolder, "dtype" | "onTensor" | "onMemory" | "writers">,
 ): Promise<void> {
   const { writers, dtype, onTensor } = how;
-  const due = files.flatMap((file) => dueIn(file));
-  const groups: DueTensor[][] = [];
-  for (const [n, each] of due.entries()) {
-    if (n === 0 || due[n - 1]?.parameter !== each.parameter) groups.push([]);
-    groups.at(-1)?.push({ ...each, tensor: n });
-  }
+  const groups = groupsOf(files.flatMap((file) => dueIn(file)));
   let next = 0;
   let written = 0;
-  const memory = new Shares(due.reduce((most, { held }) => Math.max(most, held), 0) + BESIDE);
+  const most = (value: (tensor: DueTensor) => number, of = groups.flat()): number => of.reduce((n, own) => Math.max(n, value(own)), 0);
+  const whole = new Shares(most(({ held }) => held) + WHOLE);
+  const regions = new Regions(most(({ matrix }) => matrix));
+  const encode = new EncodeBuffer();
+  const buffers: number[] = [];
   const work = async (writer: number): Promise<void> => {
     for (let group = groups[next++]; group; group = groups[next++]) {
-      const held = Math.max(...group.map((tensor) => tensor.held));
-      await memory.take(held);
+      const held = most((tensor) => tensor.held, group);
+      await whole.take(held);
+      const region = await regions.take(most(({ matrix }) => matrix, group));
       for (const { tensor, path, at, bytes } of group) {
-        if (writers) await writers.write(writer, { tensor, path, at });
-        else writeTensor({ tensor, path, at }, itemOf(all, tensor, "tensor"), dtype);
+        const task = { tensor, path, at, region };
+        if (writers) buffers[writer] = await writers.write(writer, task);
+        else buffers[writer] = writeTensor(task, itemOf(all, tensor, "tensor"), dtype, encode);
         written += bytes;
         onTensor?.(written);
         // signals and progress arrive here
         await new Promise(setImmediate);
       }
-      memory.give(held);
+      regions.give(region);
+      whole.give(held);
     }
   };
   const ends = await Promise.allSettled(
@@ -217,33 +226,18 @@ async function writeFiles(
   );
   for (const end of ends) if (end.status === "rejected") throw end.reason;
   for (const { path } of files) withFile(path, "r+", fsyncSync);
+  how.onMemory?.(buffers.reduce((sum, bytes) => sum + bytes, regions.peak));
 }
 
-/** Shares of something that several take at once. Who asks first gets first. */
-class Shares {
-  #free: number;
-  readonly #waiting: { readonly share: number; readonly take: () => void }[] = [];
-
-  constructor(all: number) {
-    this.#free = all;
+/** Numbers tensors, and groups those that begin with the same parameter. Groups with the largest matrices begin first: others are written beside them. */
+function groupsOf(due: readonly DueTensor[]): DueTensor[][] {
+  const groups: DueTensor[][] = [];
+  for (const [n, each] of due.entries()) {
+    if (n === 0 || due[n - 1]?.parameter !== each.parameter) groups.push([]);
+    groups.at(-1)?.push({ ...each, tensor: n });
   }
-
-  /** Resolves when the share, at most all there is, is free. */
-  take(share: number): Promise<void> {
-    return new Promise((take) => {
-      this.#waiting.push({ share, take });
-      this.give(0);
-    });
-  }
-
-  give(share: number): void {
-    this.#free += share;
-    for (let [first] = this.#waiting; first && first.share <= this.#free; [first] = this.#waiting) {
-      this.#waiting.shift();
-      this.#free -= first.share;
-      first.take();
-    }
-  }
+  const isLarge = (group: readonly DueTensor[]): boolean => group.some(({ matrix }) => matrix > BESIDE);
+  return [...groups.filter(isLarge), ...groups.filter((group) => !isLarge(group))];
 }
 
 /** Writes the header of a file. Returns its tensors with their places. */
@@ -252,19 +246,35 @@ function dueIn({ path, tensors }: FileToWrite): DueTensor[] {
   const header = headerOf(entries, metadata);
   withFile(path, "w", (fd) => writeAll(fd, header, 0));
   let at = header.length;
-  return tensors.map(({ name, shape, parameter = name, heldElements = elementsOf(shape), bytes }) => {
-    const own = { tensor: 0, path, at, bytes, parameter, held: heldElements };
+  return tensors.map(({ name, dtype, shape, parameter = name, heldElements = elementsOf(shape), matrixElements = 0, bytes }) => {
+    const matrix = matrixElements * dtypes[dtype].bytes;
+    const own = { tensor: 0, path, at, bytes, parameter, held: heldElements, matrix };
     at += bytes;
     return own;
   });
 }
 
-/** Reads a tensor part by part, converts it, and writes it to its place. Throws a Trouble if it has values that the type cannot represent. */
-export function writeTensor({ path, at }: TensorTask, tensor: ExportedTensor, dtype: ExportDtype): void {
+/**
+ * Reads a tensor part by part, converts it, and writes it to its place; a matrix that arrives by columns is written after its last one.
+ * Returns the bytes of the buffers of this thread. Throws a Trouble if the tensor has values that the type cannot represent.
+ */
+export function writeTensor({ path, at, region }: TensorTask, tensor: ExportedTensor, dtype: ExportDtype, encode: EncodeBuffer): number {
   const { name, dtype: own, parts } = sized(tensor, dtype);
+  const size = dtypes[own].bytes;
   withFile(path, "r+", (fd) => {
-    for (const part of parts()) writeAll(fd, bytesFor(name, own, part.values), at + part.at * dtypes[own].bytes);
+    for (const { at: element, values, columns } of parts()) {
+      if (own === "f16") expectHalf(name, values);
+      const bytes = encode.encode(own, values);
+      const start = at + element * size;
+      if (columns === undefined) writeAll(fd, bytes, start);
+      else {
+        placeColumns(bytes, columns, size, region);
+        const { rows, cols, first } = columns;
+        if (first + values.length / rows === cols) writeAll(fd, new Uint8Array(region.memory, region.at, rows * cols * size), start);
+      }
+    }
   });
+  return encode.bytes + (tensor.bufferBytes?.() ?? 0);
 }
 
 function withFile(path: string, flags: string, act: (fd: number) => void): void {
@@ -279,11 +289,9 @@ function withFile(path: string, flags: string, act: (fd: number) => void): void 
 /** The largest finite value of f16. */
 const F16_MAX = 65504;
 
-function bytesFor(name: string, dtype: ExportDtype, values: Float32Array): Uint8Array {
-  if (dtype === "f16" && values.some((value) => Math.abs(value) > F16_MAX))
+function expectHalf(name: string, values: Float32Array): void {
+  if (values.some((value) => Math.abs(value) > F16_MAX))
     throw new Trouble(`${name} holds values that fp16 cannot represent`, "export with --dtype bf16 or fp32");
-  const { words } = encoded(dtype, values);
-  return new Uint8Array(words.buffer, words.byteOffset, words.byteLength);
 }
 
 function writeAll(fd: number, bytes: Uint8Array, at: number): void {

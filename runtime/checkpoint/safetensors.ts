@@ -11,6 +11,7 @@ import { elementsOf } from "../../schemas/sharding.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import { unwritten } from "../../schemas/writing.ts";
 import { openInput } from "../data/inputFile.ts";
+import type { ReusedMemory } from "./reusedMemory.ts";
 
 /** The header entry of a tensor. `start`: bytes from the beginning of the file. */
 type TensorInfo = {
@@ -43,10 +44,10 @@ export type Safetensors = {
   readonly digestsOf: (name: string) => readonly PartDigest[];
   readonly read: (name: string) => Float32Array;
   /**
-   * Reads the elements [from, to) of a tensor, and checks the digests of the parts that they lie in. `memoryFor` returns memory of at least
-   * so many bytes, which the result uses if the tensor is f32.
+   * Reads the elements [from, to) of a tensor, and checks the digests of the parts that they lie in. An f32 result uses the memory of
+   * `reused`, and bytes that the call before has read there are not read again.
    */
-  readonly readElements: (name: string, from: number, to: number, memoryFor?: (bytes: number) => ArrayBuffer) => Float32Array;
+  readonly readElements: (name: string, from: number, to: number, reused?: ReusedMemory) => Float32Array;
   readonly readInts: (name: string) => Int32Array;
   readonly close: () => void;
 };
@@ -73,22 +74,32 @@ export function openSafetensors(path: string): Safetensors {
     if (found === undefined) throw new Trouble(`${path}: has no tensor ${name}`, `it holds ${some([...tensors.keys()])}`);
     return found;
   };
-  /** Reads bytes of a tensor, and compares the digests of these parts of it. */
-  const load = (name: string, first = 0, end = info(name).bytes, parts = digestsOf(name), memoryFor = newMemory): ArrayBuffer => {
-    const buffer = memoryFor(end - first);
-    const view = new Uint8Array(buffer, 0, end - first);
-    file.read(view, info(name).start + first);
+  /** Reads bytes of a tensor, and compares the digests of these parts of it; `known`: bytes at the begin of `view` that are there. */
+  const load = (name: string, first: number, view: Uint8Array, parts: readonly PartDigest[], known = 0): void => {
+    file.read(view.subarray(known), info(name).start + first + known);
     for (const { from, to, sha256: digest } of parts)
-      if (digest !== sha256(view.subarray(from - first, to - first))) throw damaged(path, name);
-    return buffer;
+      if (from >= first + known && digest !== sha256(view.subarray(from - first, to - first))) throw damaged(path, name);
   };
-  const readElements = (name: string, from: number, to: number, memoryFor = newMemory): Float32Array => {
+  const readWhole = (name: string): ArrayBuffer => {
+    const memory = new ArrayBuffer(info(name).bytes);
+    load(name, 0, new Uint8Array(memory), digestsOf(name));
+    return memory;
+  };
+  const readElements = (name: string, from: number, to: number, reused?: ReusedMemory): Float32Array => {
     const { decoder, dtype } = info(name);
     const parts = digestsOf(name).filter((part) => part.from < to * decoder.bytes && part.to > from * decoder.bytes);
     const [first, end] = [parts[0]?.from ?? from * decoder.bytes, parts.at(-1)?.to ?? to * decoder.bytes];
     const skipped = from - first / decoder.bytes;
-    const memory = load(name, first, end, parts, dtype === "F32" ? memoryFor : newMemory);
-    return decoder.floats(memory).subarray(skipped, skipped + to - from);
+    const memory = dtype === "F32" ? reused : undefined;
+    if (memory === undefined) {
+      const own = new ArrayBuffer(end - first);
+      load(name, first, new Uint8Array(own), parts);
+      return decoder.floats(own).subarray(skipped, skipped + to - from);
+    }
+    const known = memory.begin(`${path}: ${name}`, first, end);
+    load(name, first, memory.view(end - first), parts, known);
+    memory.hold(`${path}: ${name}`, first, end);
+    return new Float32Array(memory.buffer, 4 * skipped, to - from);
   };
   const digestsOf = (name: string): PartDigest[] => {
     const digests = metadata[digestKey(name)]?.match(/.{1,64}/g) ?? [];
@@ -105,13 +116,13 @@ export function openSafetensors(path: string): Safetensors {
     headerDigest,
     info,
     digestsOf,
-    read: (name) => info(name).decoder.floats(load(name)),
+    read: (name) => info(name).decoder.floats(readWhole(name)),
     readElements,
     readInts: (name) => {
       const { dtype, decoder } = info(name);
       const { ints } = decoder;
       if (ints === undefined) throw new Trouble(`${path}: tensor ${name} holds ${dtype}, not integers`, "store it as I32 or I64");
-      const values = ints(load(name));
+      const values = ints(readWhole(name));
       return Int32Array.from({ length: values.length }, (_, i) => {
         const value = Number(values[i]);
         if (value !== (value | 0))
@@ -125,8 +136,6 @@ export function openSafetensors(path: string): Safetensors {
 
 /** Older versions of transformers reject a file without the metadata key `format`, the framework that saved it. */
 const PYTORCH = { format: "pt" };
-
-const newMemory = (bytes: number): ArrayBuffer => new ArrayBuffer(bytes);
 
 /** Writes a temporary file and renames it to `path`, so that a reader sees the old file or the complete new one. Throws a Trouble on a file system error. */
 export function writeSafetensors(path: string, entries: Iterable<TensorEntry>): void {

@@ -3,6 +3,7 @@ import { rankAt } from "../../schemas/sharding.ts";
 import { copyShared, firstHolders, lengthsOf, type Ranges, rowsWithin, type SharedRun, shardRanges, sharedBy } from "../shards.ts";
 import { expectFinite } from "./finite.ts";
 import type { SavedShard } from "./loadState.ts";
+import { ReusedMemory } from "./reusedMemory.ts";
 import type { Safetensors } from "./safetensors.ts";
 import type { CheckpointText } from "./snapshotFile.ts";
 import { sharedPieces } from "./statePieces.ts";
@@ -23,7 +24,9 @@ export interface SavedTensors {
    * slices one after another. A result is valid until the next call of any of these functions, which may use its memory.
    */
   slices(name: string): (ranges: Ranges) => Float32Array;
-  /** Whether `slices` reads rows of the first dim without the rest of the tensor. */
+  /** The bytes that the results of `slices` use one after another. */
+  reusedBytes(): number;
+  /** Whether `slices` reads rows without the rest of the tensor. */
   readsRows(name: string): boolean;
   /** Returns the saved shards that have elements of these ranges of a tensor, with those elements. */
   savedShards(name: string, ranges: Ranges): SavedShard[];
@@ -40,31 +43,32 @@ export function savedTensors({ at, mesh, tensors, fileAt }: SavedTensorsSettings
     const saved = tensor(name);
     return firstHolders(mesh, saved).map((n) => ({ theirs: shardRanges(mesh, saved, n), rank: rankAt(mesh, saved.stage, n) }));
   }
-  let memory = new ArrayBuffer(0);
-  // arrays of each tensor would fill the memory until they are collected
-  const memoryFor = (bytes: number): ArrayBuffer => {
-    if (memory.byteLength < bytes) memory = new ArrayBuffer(Math.ceil(bytes / 8) * 8);
-    return memory;
-  };
+  const memories: ReusedMemory[] = [];
+  const assembled = new ReusedMemory();
   function shard(name: string, ranges: Ranges, held?: Map<number, Float32Array>): Float32Array {
     const holders = holdersOf(name);
     const [holder] = holders;
     // a tensor that is in one file needs no copy
     if (holders.length === 1 && holder && `${holder.theirs}` === `${ranges}`)
-      return held?.get(holder.rank) ?? rowsFrom(fileAt(holder.rank), name, holder.theirs, undefined, held && memoryFor);
-    const out = new Float32Array(lengthsOf(ranges).reduce((n, length) => n * length, 1));
-    for (const { theirs, rank } of holders) {
+      return (
+        held?.get(holder.rank) ??
+        extentFrom(fileAt(holder.rank), name, wholeOf(holder.theirs), held && (memories[0] ??= new ReusedMemory()))
+      );
+    const elements = lengthsOf(ranges).reduce((n, length) => n * length, 1);
+    let out: Float32Array | undefined;
+    for (const [n, { theirs, rank }] of holders.entries()) {
       const shared = sharedBy(theirs, ranges);
       if (!shared) continue;
       const file = fileAt(rank);
-      const rows = held && hasParts(file, name) ? rowsOf(shared) : undefined;
-      const own = rows ? rowsWithin(theirs, ...rows) : theirs;
-      const values = held?.get(rank) ?? rowsFrom(file, name, theirs, rows, rows && memoryFor);
-      if (`${own}` === `${ranges}`) return values;
-      if (!rows) held?.set(rank, values);
-      copyShared(sharedBy(own, ranges) ?? [], [own, values], [ranges, out]);
+      const isPart = held !== undefined && hasParts(file, name);
+      const extent = isPart ? extentOf(theirs, shared) : wholeOf(theirs);
+      const values = held?.get(rank) ?? extentFrom(file, name, extent, isPart ? (memories[n] ??= new ReusedMemory()) : undefined);
+      if (`${extent.own}` === `${ranges}`) return values;
+      if (!isPart) held?.set(rank, values);
+      out ??= held ? assembled.floats(elements) : new Float32Array(elements);
+      copyShared(sharedBy(extent.own, ranges) ?? [], [extent.own, values], [ranges, out]);
     }
-    return out;
+    return out ?? new Float32Array(elements);
   }
   return {
     shard: (name, ranges) => shard(name, ranges),
@@ -72,6 +76,7 @@ export function savedTensors({ at, mesh, tensors, fileAt }: SavedTensorsSettings
       const held = new Map<number, Float32Array>();
       return (ranges) => shard(name, ranges, held);
     },
+    reusedBytes: () => [assembled, ...memories].reduce((sum, memory) => sum + (memory?.buffer.byteLength ?? 0), 0),
     readsRows: (name) => holdersOf(name).every(({ rank }) => hasParts(fileAt(rank), name)),
     savedShards(name, ranges) {
       return holdersOf(name).flatMap(({ theirs, rank }) => {
@@ -92,22 +97,32 @@ function hasParts(file: Safetensors, name: string): boolean {
   return part !== undefined && others.length > 0 && part.to % file.info(name).decoder.bytes === 0;
 }
 
-/** The rows of a saved shard, from the first to the last that another shard shares with it; undefined: it is a number. */
-function rowsOf([runs]: readonly (readonly SharedRun[])[]): readonly [from: number, to: number] | undefined {
-  const [first, last] = [runs?.at(0), runs?.at(-1)];
-  return first && last && [first.from, last.from + last.length];
+/** Consecutive elements of a saved shard, and what they are of the tensor. */
+interface Extent {
+  readonly own: Ranges;
+  readonly from: number;
+  readonly to: number;
 }
 
-/** Reads rows of a saved shard; undefined: all. */
-function rowsFrom(
-  file: Safetensors,
-  name: string,
-  theirs: Ranges,
-  rows?: readonly [from: number, to: number],
-  memoryFor?: (bytes: number) => ArrayBuffer,
-): Float32Array {
-  const all = lengthsOf(theirs).reduce((n, length) => n * length, 1);
-  const width = lengthsOf(theirs.slice(1)).reduce((n, length) => n * length, 1);
-  const [from, to] = rows ? [rows[0] * width, rows[1] * width] : [0, all];
-  return expectFinite(file.readElements(name, from, to, memoryFor), `${file.path}: ${name}`, "use a checkpoint of an earlier step");
+const wholeOf = (theirs: Ranges): Extent => ({ own: theirs, from: 0, to: lengthsOf(theirs).reduce((n, length) => n * length, 1) });
+
+/** Returns the rows of a saved shard from the first to the last that another shard shares with it: of its first dim, or within one index of it. */
+function extentOf(theirs: Ranges, shared: readonly (readonly SharedRun[])[]): Extent {
+  const own: Ranges[number][] = [];
+  let { from, to } = wholeOf(theirs);
+  for (const [dim, runs] of shared.entries()) {
+    const [first, last] = [runs.at(0)?.from ?? 0, runs.at(-1)];
+    const end = last ? last.from + last.length : first;
+    const [ranges = []] = rowsWithin([theirs[dim] ?? []], first, end);
+    const width = lengthsOf(theirs.slice(dim + 1)).reduce((n, length) => n * length, 1);
+    [from, to] = [from + first * width, from + end * width];
+    own.push(ranges);
+    if (end - first !== 1) break;
+  }
+  return { own: [...own, ...theirs.slice(own.length)], from, to };
+}
+
+/** Reads consecutive elements of a saved shard. */
+function extentFrom(file: Safetensors, name: string, { from, to }: Extent, reused?: ReusedMemory): Float32Array {
+  return expectFinite(file.readElements(name, from, to, reused), `${file.path}: ${name}`, "use a checkpoint of an earlier step");
 }

@@ -5,14 +5,16 @@ import { join } from "node:path";
 import { afterAll, beforeEach, describe, expect, test } from "vitest";
 import type { RankDevice } from "../../runtime/backend.ts";
 import { openCheckpoint } from "../../runtime/checkpoint/checkpoint.ts";
+import { BESIDE, EncodeBuffer, PER_WRITER, placeColumns, Regions } from "../../runtime/checkpoint/exportMemory.ts";
 import { openExportThreads } from "../../runtime/checkpoint/exportThread.ts";
 import { checkpointFor } from "../../runtime/checkpoint/hf.ts";
 import { type ExpertNames, exportedTensors } from "../../runtime/checkpoint/hfExport.ts";
 import { writeHfFolder } from "../../runtime/checkpoint/hfFolder.ts";
 import { modelDifferences } from "../../runtime/checkpoint/mismatch.ts";
-import { openSafetensors } from "../../runtime/checkpoint/safetensors.ts";
+import { openSafetensors, sha256 } from "../../runtime/checkpoint/safetensors.ts";
 import { CheckpointSaver } from "../../runtime/checkpoint/saver.ts";
 import { tokenizerFiles } from "../../runtime/checkpoint/tokenizerFiles.ts";
+import { dtypes } from "../../schemas/dtypes.ts";
 import { bf16Codec } from "../../schemas/floatCodec.ts";
 import { completeJob, type Job, JobText } from "../../schemas/job.ts";
 import type { Buffer } from "../../schemas/plan.ts";
@@ -189,11 +191,19 @@ describe("tensors", () => {
         const tensors = exportedTensors(checkpoint.model(), checkpoint, experts, partElements);
         const values = tensors.map(({ name, shape, parts }) => {
           const all = new Float32Array(elementsOf(shape)).fill(Number.NaN);
-          for (const { at, values } of parts()) all.set(values, at);
+          for (const { at, values, columns } of parts())
+            if (!columns) all.set(values, at);
+            else
+              for (const [i, value] of values.entries())
+                all[at + (i % columns.rows) * columns.cols + columns.first + Math.floor(i / columns.rows)] = value;
           return [name, [...all]] as const;
         });
         checkpoint.close();
-        return { values, held: tensors.map(({ heldElements }) => heldElements) };
+        return {
+          values,
+          held: tensors.map(({ heldElements }) => heldElements),
+          matrices: tensors.map(({ matrixElements }) => matrixElements),
+        };
       };
       const [whole, inParts] = [await checkpointOf(job), await checkpointOf(job, join(folder, "parts"), 64)];
       for (const experts of ["fused", "mlp.experts"] as const) {
@@ -202,8 +212,10 @@ describe("tensors", () => {
         for (const partElements of [1, 100])
           for (const at of [whole, inParts]) expect(valuesOf(at, experts, partElements).values).toEqual(wanted);
       }
-      // the embedding is read in parts, an expert alone; the head, which is transposed, is the largest
-      expect(Math.max(...(valuesOf(inParts, "mlp.experts", 100).held as number[]))).toBe(32 * 260);
+      // parts are a row of the head at most; the head is the largest matrix that is transposed
+      const { held, matrices } = valuesOf(inParts, "mlp.experts", 100);
+      expect(Math.max(...(held as number[]))).toBe(260);
+      expect(Math.max(...(matrices as number[]))).toBe(32 * 260);
     },
   );
 
@@ -254,6 +266,90 @@ test("threads write the same files, and their errors are those of one thread", a
   expect(readdirSync(out[1]).sort()).toEqual(files);
   await writers.close();
   checkpoint.close();
+});
+
+test("memory is the largest matrix in the type of the file and a constant for each writer, for any number of them", async () => {
+  const job = jobOf({
+    name: "export",
+    model: { layers: 2, hidden: 256, heads: 4, vocab: 32000, seq: 8, moe: { experts: 4, top_k: 2, ffn: 2048 } },
+    parallel: { world: 1 },
+    train: { micro_batch: 1, global_batch: 1, steps: 1, precision: "fp32", optimizer: { type: "sgd", lr: 1e-3 } },
+    data: { path: "corpus.txt" },
+  });
+  const at = await checkpointOf(job, undefined, 2 ** 20);
+  const checkpoint = openCheckpoint(at);
+  const model = checkpoint.model();
+  const tensors = exportedTensors(model, checkpoint, "mlp.experts");
+  const largest = Math.max(...tensors.map(({ shape }) => elementsOf(shape)));
+  expect(largest).toBe(256 * 32000);
+  const digests: string[] = [];
+  for (const dtype of ["bf16", "f32"] as const)
+    for (const threads of [1, 2, 3, 5]) {
+      const writers = openExportThreads({ checkpoint: at, model, experts: "mlp.experts", dtype }, 1e12, threads);
+      expect(writers?.count ?? 1).toBe(threads);
+      const peaks: number[] = [];
+      const out = join(folder, `${dtype}-${threads}`);
+      const how = { dtype, shardBytes: 1e9, texts: {}, copies: {}, ...(writers && { writers }) };
+      await writeHfFolder(out, tensors, { ...how, onMemory: (bytes) => peaks.push(bytes) });
+      await writers?.close();
+      const [peak = Number.NaN] = peaks;
+      const bytes = largest * dtypes[dtype].bytes;
+      // the head is collected whole, and read in parts
+      expect(peak).toBeGreaterThanOrEqual(bytes + 2 ** 22);
+      expect(peak).toBeLessThanOrEqual(bytes + BESIDE + threads * PER_WRITER);
+      digests.push(`${dtype} ${sha256(readFileSync(join(out, "model.safetensors")))}`);
+      rmSync(out, { recursive: true });
+    }
+  expect(new Set(digests).size).toBe(2);
+  checkpoint.close();
+});
+
+describe("regions of memory", () => {
+  test("do not overlap, are served in order, and never exceed the block", async () => {
+    const regions = new Regions(1000);
+    const all = 1000 + BESIDE;
+    const [a, b] = [await regions.take(1000), await regions.take(BESIDE - 8)];
+    expect(a.at + a.bytes).toBeLessThanOrEqual(b.at);
+    const order: string[] = [];
+    const taken = async (name: string, bytes: number) => {
+      const region = await regions.take(bytes);
+      order.push(name);
+      return region;
+    };
+    const [large, small] = [taken("large", all), taken("small", 8)];
+    regions.give(a);
+    await Promise.resolve();
+    expect(order).toEqual([]);
+    regions.give(b);
+    regions.give(await large);
+    regions.give(await small);
+    expect(order).toEqual(["large", "small"]);
+    expect(regions.peak).toBe(all);
+    expect(() => regions.take(all + 8)).toThrow(`a region of ${all + 8} of ${all} bytes`);
+  });
+
+  test.each([
+    ["bf16", 2],
+    ["f32", 4],
+  ] as const)("collect columns of a matrix in %s, whatever their number", async (dtype, size) => {
+    const [rows, cols] = [130, 70];
+    const regions = new Regions(rows * cols * size);
+    const encode = new EncodeBuffer();
+    const columnsOf = (first: number, count: number) =>
+      Float32Array.from({ length: count * rows }, (_, i) => ((i % rows) * cols + first + Math.floor(i / rows)) % 251);
+    for (const each of [1, 7, 65, 70]) {
+      const region = await regions.take(rows * cols * size);
+      for (let first = 0; first < cols; first += each)
+        placeColumns(encode.encode(dtype, columnsOf(first, Math.min(each, cols - first))), { rows, cols, first }, size, region);
+      const found = new Uint8Array(region.memory, region.at, region.bytes);
+      const wanted = new EncodeBuffer().encode(
+        dtype,
+        Float32Array.from({ length: rows * cols }, (_, i) => i % 251),
+      );
+      expect(sha256(found)).toBe(sha256(wanted));
+      regions.give(region);
+    }
+  });
 });
 
 test("a folder that holds something else is refused; a failed export leaves the model that was there", async () => {
