@@ -10,6 +10,7 @@ import { buildMesh, hasSeparateGrids } from "../../src/passes/mesh.ts";
 import type { Choice } from "../../src/passes/sharding/dimChoice.ts";
 import { byPosition, distance, fixture, jobOf, parallelOf, sameNumbers } from "../support/job.ts";
 import { labelsBeside } from "../support/labels.ts";
+import { routerChoices } from "../support/routerChoices.ts";
 import { byTier, draws, full, isFull } from "../support/tiers.ts";
 
 type Parallel = Partial<Job["parallel"]>;
@@ -17,11 +18,9 @@ type Parallel = Partial<Job["parallel"]>;
 /** Returns the losses, gradients and parameters with a rule of their own of two steps; the second step has the update of the first. */
 async function numbers(job: Job, pick?: (votes: readonly Choice[]) => Choice | undefined) {
   const { plan } = compile(job, pick ? { pick } : {});
-  // with groups or a bias, balancing counts plain choices of their own
-  const made = plan.programs.flatMap((p) => p.buffers.flatMap(({ id }) => (/\.moe\.(plain_)?top_k_mask$/.test(id) ? [id] : [])));
-  const routers = [...new Set(made)].sort();
+  const routers = routerChoices(plan);
   const run = await openRun(plan, { baseDir: fixture(""), watch: routers });
-  /** What each router chose in a step, microbatch after microbatch. */
+  /** What each router chose in a step, and what a capacity kept of it, microbatch after microbatch. */
   const chosen = async () =>
     Promise.all(routers.map(async (id) => Float32Array.from((await run.watched(id)).flatMap((t) => [...byPosition(t, job)]))));
   const first = await run.step({ detailed: true });
@@ -31,7 +30,7 @@ async function numbers(job: Job, pick?: (votes: readonly Choice[]) => Choice | u
   choices.push(await chosen());
   const learnt = [...(await run.parameters())].filter(([name]) => !gradients.has(name));
   await run.close();
-  return { steps: [first, second], choices, gradients, learnt };
+  return { steps: [first, second], routers, choices, gradients, learnt };
 }
 type Numbers = Awaited<ReturnType<typeof numbers>>;
 
@@ -47,7 +46,8 @@ afterAll(() => references.clear());
 
 /**
  * Steps that routers begin alike. A choice between equals is a matter of rounding, and what follows from another choice is another
- * model: so where a few tokens go elsewhere, only what came before is compared. A wrong router sends many elsewhere.
+ * model: so where a few tokens go elsewhere, only what came before is compared. A wrong router sends many elsewhere. A capacity chooses,
+ * too: of two tokens whose weights differ in the last bits, it drops one.
  */
 function alike(got: Numbers, want: Numbers): number {
   const at = want.choices.findIndex((layers, step) => layers.some((c, i) => differing(c, got.choices[step]![i]!) > 0));
@@ -123,6 +123,21 @@ const text = (model: object, parallel: Parallel, train: object = {}, data: objec
 });
 const some = labelsBeside(fixture("corpus.txt"));
 afterAll(some.remove);
+
+test("a token that a capacity drops in place of its equal ends the comparison; many such tokens are a fault", async () => {
+  const got = await numbers(jobOf(text(shape({ moe: { ...moe, capacity: { factor: 0.75 } } }), { world: 1 })));
+  const each = ["top_k_mask", "apply_capacity"];
+  expect(got.routers).toEqual(["layers.0", "layers.1"].flatMap((layer) => each.map((name) => `${layer}.moe.${name}`)));
+  /** The same numbers, had the capacity of the last layer kept others in the second step. */
+  const keptOthers = (count: number): Numbers => {
+    const [first, second] = [got.choices[0]!, [...got.choices[1]!]];
+    second[3] = second[3]!.map((kept, i) => (i < count ? 1 - kept : kept));
+    return { ...got, steps: [got.steps[0]!, { ...got.steps[1]!, loss: got.steps[1]!.loss + 1 }], choices: [first, second] };
+  };
+  expect(() => sameSoFar(keptOthers(0), got)).toThrow("loss of step 1");
+  expect(sameSoFar(keptOthers(2), got)).toBe(1);
+  expect(() => sameSoFar(keptOthers(9), got)).toThrow("choices that differ in step 1");
+});
 
 describe("on named meshes", () => {
   const dense: Parallel[] = [

@@ -9,6 +9,7 @@ import type { Job } from "../../schemas/job.ts";
 import type { Plan } from "../../schemas/plan.ts";
 import { compile } from "../../src/compile.ts";
 import { fixture } from "./job.ts";
+import { routerChoices } from "./routerChoices.ts";
 
 export type Weights = ReadonlyMap<string, Tensor>;
 
@@ -50,7 +51,7 @@ function minimised(job: Job, { metrics, given }: Awaited<ReturnType<typeof first
  * be moved without a router choosing otherwise.
  */
 export async function slopeErrors(job: Job, objective: (metrics: StepResult) => number): Promise<Map<string, number>> {
-  const watch = planOf(job).programs.flatMap((p) => p.buffers.flatMap(({ id }) => (id.endsWith(".moe.top_k_mask") ? [id] : [])));
+  const watch = routerChoices(planOf(job));
   const chosen = ({ watched }: Awaited<ReturnType<typeof firstStep>>) =>
     [...watched.values()]
       .flat()
