@@ -111,6 +111,9 @@ export class Shares {
   }
 }
 
+/** Bytes of a part (hfExport.ts) in 16 bits. */
+const FIRST = 2 ** 21;
+
 /** A buffer of this thread for elements in the type of the file. */
 export class EncodeBuffer {
   #buffer = new ArrayBuffer(0);
@@ -124,7 +127,7 @@ export class EncodeBuffer {
   encode(dtype: Dtype, values: Float32Array): Uint8Array {
     const bytes = values.length * dtypes[dtype].bytes;
     if (dtype !== "f32") {
-      if (this.#buffer.byteLength < bytes) this.#buffer = new ArrayBuffer(bytes);
+      if (this.#buffer.byteLength < bytes) this.#buffer = new ArrayBuffer(Math.max(FIRST, bytes));
       storeValues(typedMemory(dtype, this.#buffer, 0, values.length), values);
       return new Uint8Array(this.#buffer, 0, bytes);
     }

@@ -1,7 +1,7 @@
 /** Memory that reads of files use one after another: arrays of each read would fill the memory until they are collected. */
 
-/** Bytes by which the memory grows. */
-const UNIT = 2 ** 22;
+/** Bytes by which the memory grows, and those of a part with the ranges around it: memory that grew would leave arrays to collect. */
+const [UNIT, FIRST] = [2 ** 22, 3 * 2 ** 22];
 
 /** A buffer, and which bytes of which tensor it has. */
 export class ReusedMemory {
@@ -26,7 +26,7 @@ export class ReusedMemory {
     this.#name = "";
     const held = new Uint8Array(this.#buffer);
     if (this.#buffer.byteLength < to - from) {
-      this.#buffer = new ArrayBuffer(Math.ceil((to - from) / UNIT) * UNIT);
+      this.#buffer = new ArrayBuffer(Math.max(FIRST, Math.ceil((to - from) / UNIT) * UNIT));
       if (known > 0) new Uint8Array(this.#buffer).set(held.subarray(offset, offset + known));
     } else if (known > 0) held.copyWithin(0, offset, offset + known);
     return known;
