@@ -259,6 +259,29 @@ describe("pairs of microbatches", () => {
       }
     });
   });
+  test("a block of a pair sends after the other has received: two stages do not wait for room at each other", () => {
+    // chunks without a layer send what they receive; grids that do not nest exchange tokens before a backward receives
+    const apart = planOf(
+      {
+        ...{ world: 12, pipeline: 2, tensor: 2, context: 3, sequence: true, expert: 2, expert_tensor: 3 },
+        ...{ layout: "Et*2|||L", expert_overlap: "interleave" },
+      },
+      { global_batch: 12, recompute: { mode: "selective", modules: ["moe"] } },
+      {},
+      { hidden: 48, head_dim: 12, seq: 24, moe: { experts: 6, top_k: 3, ffn: 24 } },
+    );
+    for (const { programs } of [...Object.values(pairs), apart])
+      for (const p of programs)
+        for (const { forward, backward } of p.pairs!) {
+          const runs = [
+            { kind: "forward", microbatch: 1, chunk: forward },
+            { kind: "backward", microbatch: 0, chunk: backward },
+          ] as const;
+          const all = turnsOf(p, runs).flatMap(({ run, instructions }) => instructions.map((i) => ({ i, of: run.kind })));
+          for (const [at, { i, of }] of all.entries())
+            if (i.kind === "send") expect(all.slice(at).filter((later) => later.i.kind === "recv" && later.of !== of)).toEqual([]);
+        }
+  });
   test("the second microbatch is in the peak: one copy of activations more, and the workspace of a forward beside that of a backward", () => {
     const [plain, paired] = [{}, { expert_overlap: "interleave" }].map(
       (own) => planOf({ world: 4, expert: 4, ...own }, { global_batch: 16 }).memory[0]!,

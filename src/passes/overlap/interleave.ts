@@ -5,7 +5,9 @@
  *
  * The turns come from a simulation with the peaks and the links of the job's device. The block whose next instruction need not wait runs on; of two that
  * may run, the one with the larger share of its work left, so that the work of both is spread over the exchanges of both. A block keeps its
- * turn until it begins an exchange, must wait, or the other, which had to wait, may run again.
+ * turn until it begins an exchange, must wait, or the other, which had to wait, may run again. A block sends after the other has received:
+ * a send may wait until the next stage has received the message before, and that stage may wait for room, too, at a stage that receives
+ * after it has sent.
  */
 import { deviceOf } from "../../../schemas/devices.ts";
 import { readsOf } from "../../../schemas/effects.ts";
@@ -90,11 +92,13 @@ class PairedBlock {
   #inOrder = 0;
   /** Per instruction, the seconds of those from it on. */
   readonly #left: Float64Array;
+  readonly #lastReceive: number;
 
   constructor(
     readonly instructions: readonly Instruction[],
     readonly seconds: readonly number[],
   ) {
+    this.#lastReceive = instructions.findLastIndex(({ kind }) => kind === "recv");
     this.#left = new Float64Array(instructions.length + 1);
     for (let at = instructions.length - 1; at >= 0; at--) this.#left[at] = (this.#left[at + 1] ?? 0) + (seconds[at] ?? 0);
   }
@@ -105,6 +109,10 @@ class PairedBlock {
   /** The share of its work that is left. */
   get share(): number {
     return (this.#left[this.#next] ?? 0) / Math.max(Number.MIN_VALUE, this.#left[0] ?? 0);
+  }
+  /** Whether it sends next, and the other block of the pair has not received all that it needs. */
+  sendsBefore(other: PairedBlock): boolean {
+    return this.next?.kind === "send" && other.#next <= other.#lastReceive;
   }
   /** Returns when the next instruction may begin. */
   readyAt(now: number): number {
@@ -143,11 +151,14 @@ class Turns {
       const [own, others] = [turn.readyAt(now), other.readyAt(now)];
       const isFree = otherWaits && others <= now;
       if (isFree) otherWaits = false;
+      const [isEarly, isOtherEarly] = [turn.sendsBefore(other), other.sendsBefore(turn)];
       const changes =
-        other.next !== undefined &&
-        (turn.next === undefined ||
-          (own > now && others < own) ||
-          ((mayChange || isFree) && own <= now && others <= now && other.share > turn.share));
+        isEarly !== isOtherEarly
+          ? isEarly
+          : other.next !== undefined &&
+            (turn.next === undefined ||
+              (own > now && others < own) ||
+              ((mayChange || isFree) && own <= now && others <= now && other.share > turn.share));
       if (changes) {
         otherWaits = turn.next !== undefined && own > now;
         [turn, other] = [other, turn];
