@@ -50,8 +50,6 @@ export function generateKernels(programs: readonly Program[], mesh: Mesh, target
       totals.set(name, (totals.get(name) ?? 0) + uses);
       return name;
     };
-    // a message occupies multiprocessors until its receiver is there: during blocks after that of the send
-    const sends = p.chunks.some((c) => microbatchBlocks.some((kind) => c[kind].some((i) => i.kind === "send")));
     const soleWriters = target.writesFirst ? soleWritersOf(p, buffers) : new Set<Instruction>();
     const name = (i: Compute, uses: number, isBeside: boolean): Compute => {
       if (!soleWriters.has(i)) return { ...i, kernel: use(i, uses, isBeside) };
@@ -62,7 +60,7 @@ export function generateKernels(programs: readonly Program[], mesh: Mesh, target
     const besideOf = partnersOf(p);
     const block = (instructions: readonly Instruction[], times: number) => {
       const all = [instructions, ...(besideOf.get(instructions) ?? [])];
-      const isBeside = sends || all.some((some) => some.some((i) => i.kind === "collective" && i.stream !== undefined));
+      const isBeside = all.some((some) => some.some((i) => i.kind === "collective" && i.stream !== undefined));
       return instructions.map((i) => (i.kind === "compute" ? name(i, times, isBeside) : i));
     };
     const chunks = p.chunks.map((c) => ({
