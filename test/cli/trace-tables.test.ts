@@ -88,3 +88,31 @@ test("kept traces of two GPUs give the tables of their record", () => {
     expect(record.slice(at + 2, at + 2 + table.length)).toEqual(table);
   }
 });
+
+test("kept traces of the fourth run give the tables of their record, a tenth of a millisecond off at most", () => {
+  const moves = ["all_gather", "all_reduce", "all_reduce_max", "all_to_all", "reduce_scatter", "recv", "send", "shift"];
+  const isMove = ({ op }: Slice): boolean => moves.includes(op);
+  const traceOfRun = (mesh: string): Slice[] => slicesOf(kept(`fourth-run-${mesh.replaceAll(/[^a-z0-9]+/gi, "-")}`));
+  const meshes = ["expert 2, overlap", "tensor 2, expert 2", "tensor 2, expert 2, overlap", "context 2, ring"].map((mesh) => ({
+    mesh,
+    heading: mesh,
+    one: "one GPU",
+  }));
+  const staged = ["pipeline 2, zero-bubble, 8 microbatches", "pipeline 2, two chunks, 8 microbatches"].map((mesh) => {
+    return { mesh, heading: `${mesh}, divided kernels`, one: "one GPU, 8 microbatches" };
+  });
+  const from = record.findIndex((line) => line.startsWith("## Fourth run"));
+  for (const { mesh, heading, one } of [...meshes, ...staged]) {
+    const slices = traceOfRun(mesh);
+    const [kernels, communication] = [slices.filter((s) => !isMove(s)), slices.filter(isMove)];
+    const { busy, alone } = exposedTime(communication, kernels);
+    const row = record.slice(from).find((line) => line.startsWith(`| ${heading} |`)) ?? "";
+    const [busyMs, aloneMs] = row.split(" | ").slice(5, 7).map(Number);
+    expect(Math.abs((busyMs ?? 0) - busy / 1e3), heading).toBeLessThan(0.1);
+    expect(Math.abs((aloneMs ?? 0) - alone / 1e3), heading).toBeLessThan(0.1);
+    const table = besideTable(besideRows(kernels, communication, traceOfRun(one)).slice(0, 12));
+    const at = record.indexOf(`### ${heading}`, from);
+    expect(at, heading).toBeGreaterThan(0);
+    expect(record.slice(at + 2, at + 2 + table.length), heading).toEqual(table);
+  }
+});
