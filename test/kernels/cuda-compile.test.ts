@@ -68,11 +68,23 @@ function faults(text: string): { kernels: number; spills: string[]; warnings: st
   const reports = text.split("Compiling entry function '").slice(1);
   const spills = reports.flatMap((report) => {
     const [, name] = /^(\w+)'/.exec(report)!;
-    const [, stack, stores, expertLoad] = /(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads/.exec(report)!;
-    return [stack, stores, expertLoad].every((n) => n === "0") ? [] : [`${name}: ${stack} bytes of stack, ${stores} spilled`];
+    const [, stack, stores, loads] = /(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads/.exec(report)!;
+    const most = Math.max(...[stack, stores, loads].map(Number));
+    return most === 0 || isAllowed(name ?? "", most) ? [] : [`${name}: ${stack} bytes of stack, ${stores} spilled`];
   });
   return { kernels: reports.length, spills, warnings: text.split("\n").filter((line) => /warning|C75\d\d/.test(line)) };
 }
+
+/**
+ * Kernels that may keep a few bytes a thread in local memory. ptxas gives them 64 registers, so that four blocks of 256 threads fill a
+ * multiprocessor; with more registers and fewer blocks nothing is spilled (orthogonalize: 140 registers, one block).
+ */
+const spillsAllowed: readonly { readonly kernels: RegExp; readonly bytes: number }[] = [
+  { kernels: /^rmsnorm_grad_add_/, bytes: 8 },
+  { kernels: /^orthogonalize_.*_factor/, bytes: 16 },
+  { kernels: /^grouped_dgrad_swiglu_/, bytes: 16 },
+];
+const isAllowed = (name: string, bytes: number): boolean => spillsAllowed.some((a) => a.kernels.test(name) && bytes <= a.bytes);
 
 async function expectClean(sources: readonly string[], arch: Arch): Promise<void> {
   const { kernels, spills, warnings } = faults(await printed(sources, arch));

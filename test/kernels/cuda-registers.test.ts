@@ -83,7 +83,9 @@ describe.skipIf(compiler)(`for nvcc${compiler}`, () => {
         const operands = [...ops[op].inputs, ...ops[op].outputs].map((o) => o.name);
         return cudaKernels[op](
           {
-            ...{ op, name: `${op}_${i}`, d: { B: 2, G: 8, M: 4, scale: 0.1, drop: 0.1, ...d }, size: {}, accumulates: new Set() },
+            ...{ op, name: `${op}_${i}`, d: { B: 2, G: 8, M: 4, scale: 0.1, drop: 0.1, ...d }, accumulates: new Set() },
+            // kernels of attention take their sizes from the dims
+            size: Object.fromEntries(operands.map((n) => [n, 0])),
             ...{
               dtype: Object.fromEntries(operands.map((n) => [n, n === "lse" ? "f32" : n === "sample" ? "i32" : half])),
             },
