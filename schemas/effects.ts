@@ -39,9 +39,13 @@ export function writesOf(i: Instruction, buffers: Buffers): readonly string[] {
   return rows === undefined ? [to] : [to, rows];
 }
 
-/** Returns the index of the rows that an op computes on: the one that it writes, or that of its first ragged operand. */
+/**
+ * Returns the index of the rows that an op computes on: the one that it writes, that of the operand which the instruction names, or that of
+ * all its ragged inputs. A plan file sorts operands by name, so their order means nothing.
+ */
 export function rowIndexOf(i: Compute, buffers: Buffers): string | undefined {
   if (i.rows !== undefined) return i.rows;
+  if (i.rows_of !== undefined) return buffers.get(i.reads[i.rows_of] ?? "")?.rows;
   for (const id of Object.values({ ...i.reads, ...i.writes })) {
     const rows = buffers.get(id)?.rows;
     if (rows !== undefined) return rows;
@@ -49,7 +53,7 @@ export function rowIndexOf(i: Compute, buffers: Buffers): string | undefined {
   return undefined;
 }
 
-/** Returns the first operand that has the rows that an op computes on: it tells how many there may be. Other ragged operands are lists. */
+/** Returns an operand that has the rows that an op computes on: it tells how many there may be. Other ragged operands are lists. */
 export function raggedOperandOf<B extends Pick<Buffer, "rows">>(i: Compute, buffers: { get(id: string): B | undefined }): B | undefined {
   const index = rowIndexOf(i, buffers);
   if (index === undefined) return undefined;

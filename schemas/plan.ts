@@ -139,6 +139,7 @@ export const Compute = z.strictObject({
     .optional()
     .describe("the kernel for the first microbatch of a step: it writes the outputs that `kernel` adds to, so they need no zeros"),
   rows: id.optional().describe("the index buffer that this op writes (permute, pack)"),
+  rows_of: z.string().optional().describe("the operand whose rows the op computes on, where it reads rows of several indices"),
 });
 /** A value of the schema `Compute`. */
 export type Compute = z.infer<typeof Compute>;

@@ -73,12 +73,15 @@ export function bytesSent(how: CollectiveKind, n: number, from: number, to: numb
   }
 }
 
+/** Returns the operands that an instruction reads, in the order of the signature: a plan file sorts them by name. */
+export const readsInOrder = ({ op, reads }: Compute): string[] => ops[op].inputs.flatMap(({ name }) => reads[name] ?? []);
+
 /** Returns the floating-point operations of an instruction on one rank, with the expected number of rows. */
 export function flopsOf(op: AnyOp, instruction: Compute, mesh: Mesh, buffer: (id: string) => Buffer): number {
   if (!op.flops) return 0;
   const d: Record<string, number> = { ...instruction.attrs };
   for (const [dim, [size, subAxes]] of Object.entries(instruction.dims)) d[dim] = size / shardCount(mesh, subAxes);
-  const ragged = Object.values(instruction.reads)
+  const ragged = readsInOrder(instruction)
     .map(buffer)
     .find((b) => b.ragged);
   if (ragged) d.R = expectedRows(mesh, ragged, ragged.shardedBy);

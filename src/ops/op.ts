@@ -341,6 +341,9 @@ export function rowSourceOf({ op, args }: Pick<Node, "op" | "args">): Value | un
   const named = op.rowsLike === undefined ? undefined : args[op.inputs.findIndex((i) => i.name === op.rowsLike)];
   return named ?? args.find((v) => v.ragged);
 }
+/** Returns the input whose rows an op computes on, if its results have the rows of another one; undefined for all other ops. */
+export const rowsOperandOf = ({ rowsLike, inputs }: Pick<AnyOp, "rowsLike" | "inputs">): string | undefined =>
+  rowsLike === undefined ? undefined : inputs.find((o) => o.ragged > 0)?.name;
 /** Returns the operands of one use of an op, with `...` replaced by the dims of the argument. */
 export function expand({ op: o, args }: Pick<Node, "op" | "args">): { inputs: readonly Operand[]; outputs: readonly Operand[] } {
   const like = args[o.inputs.findIndex((i) => i.any)];

@@ -1,7 +1,7 @@
 /** Compute instructions as passes emit them. `generateKernels` fills in the kernel. */
 import type { Compute } from "../../schemas/plan.ts";
 import { ops } from "../ops/index.ts";
-import { type AnyOp, expand, invariant, type Operand } from "../ops/op.ts";
+import { type AnyOp, expand, invariant, type Operand, rowsOperandOf } from "../ops/op.ts";
 import { pairs, type ShardedValue } from "./layout.ts";
 import type { ComputeStep } from "./sharding/steps.ts";
 
@@ -22,12 +22,14 @@ interface Parts {
 
 /** Returns the compute instruction of an op. */
 export function computeInstruction({ op, id, reads, writes, dims, attrs = {}, blocks = [], rows, ...more }: Parts): Compute {
+  const rowsOf = rowsOperandOf(op);
   const accumulates = more.accumulates ?? op.inPlace?.filter((name) => writes[name] !== undefined) ?? [];
   return {
     ...{ kind: "compute", id, op: op.name, kernel: "", reads, writes, dims, attrs },
     ...(blocks.length > 0 ? { blocks: [...blocks] } : {}),
     ...(accumulates.length > 0 ? { accumulates: [...accumulates] } : {}),
     ...(rows === undefined ? {} : { rows }),
+    ...(rowsOf === undefined ? {} : { rows_of: rowsOf }),
   };
 }
 

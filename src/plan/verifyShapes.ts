@@ -10,7 +10,7 @@ import { elementsOf, shardCount, subAxisOf } from "../../schemas/sharding.ts";
 import { bytesSent } from "../analysis/cost.ts";
 import { bufferForm, computeForm } from "../analysis/instructionForms.ts";
 import { ops } from "../ops/index.ts";
-import { type AnyOp, expandLike, invariant, type Operand } from "../ops/op.ts";
+import { type AnyOp, expandLike, invariant, type Operand, rowsOperandOf } from "../ops/op.ts";
 import { dimSize } from "../ops/signature.ts";
 import { sizeOf } from "../passes/memory.ts";
 import type { Mesh } from "../passes/mesh.ts";
@@ -167,6 +167,8 @@ function faultOfCompute(i: Compute, context: Context): string | undefined {
   const index = indexState(i, buffers);
   if (index !== "none" && !op.rows) return `${i.op} does not write an index`;
   if (index === "other") return `it writes the index ${i.rows}, which is not that of its output`;
+  const rowsOf = rowsOperandOf(op);
+  if (i.rows_of !== rowsOf) return `it computes on the rows of ${i.rows_of ?? "any operand"}, and ${i.op} on those of ${rowsOf ?? "all"}`;
   return faultOfCounts(i, d, context);
 }
 

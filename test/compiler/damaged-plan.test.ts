@@ -3,7 +3,9 @@
  * that names the section, before anything runs.
  */
 import { describe, expect, test } from "vitest";
+import { rowIndexOf } from "../../schemas/effects.ts";
 import type { Collective, Compute, Instruction, Launch, Plan, Program, Sections, Transfer } from "../../schemas/plan.ts";
+import { instructionsOf } from "../../schemas/program.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import { loadTarget } from "../../src/codegen/targets.ts";
 import { compile } from "../../src/compile.ts";
@@ -222,6 +224,43 @@ describe("a plan that was changed and sealed again is refused", () => {
     expect(message).toMatch(says);
     expect(message.split("\n")).toHaveLength(1);
     expect(exit).toBe(2);
+  });
+});
+
+describe("rows of several indices", () => {
+  const { plan } = compile(
+    jobOf({
+      name: "once",
+      model: { layers: 2, hidden: 16, ffn: 24, heads: 2, vocab: 256, seq: 8, moe: { experts: 4, top_k: 2, ffn: 8, dispatch: "once" } },
+      parallel: { world: 2, expert: 2 },
+      train: { global_batch: 4, steps: 1, optimizer: { lr: 1e-3 } },
+      data: { path: "corpus.txt" },
+    }),
+  );
+  const indices = ({ programs }: Plan) =>
+    programs.flatMap((p) => {
+      const byId = new Map(p.buffers.map((b) => [b.id, b]));
+      return instructionsOf(p).flatMap((i) => (i.kind === "compute" ? [[i.id, rowIndexOf(i, byId)]] : []));
+    });
+
+  // file and compiler have the operands of an instruction in different orders
+  test("a plan that was read computes on the rows that it was compiled for", () => {
+    const read = indices(parsePlan(printPlan(plan), "plan.json"));
+    expect(read.find(([id]) => id === "layers.0.moe.unpermute_rows")).toEqual([
+      "layers.0.moe.unpermute_rows",
+      "layers.0.moe.row_choices.rows@-,-,ep",
+    ]);
+    expect(read).toEqual(indices(plan));
+  });
+
+  test.each([undefined, "c"])("an instruction that names %s as the operand of its rows is refused", (name) => {
+    const draft = Object.fromEntries(sections.map((s) => [s, structuredClone(plan[s])])) as unknown as EditablePlan;
+    const sum = compute(draft, "unpermute_rows");
+    if (name === undefined) delete sum.rows_of;
+    else sum.rows_of = name;
+    expect(refusal(sealed(draft)).message).toMatch(
+      `section "programs" is inconsistent: stage 0: ${sum.id}: it computes on the rows of ${name ?? "any operand"}, and unpermute_rows on those of r`,
+    );
   });
 });
 

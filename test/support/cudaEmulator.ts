@@ -80,7 +80,7 @@ async function compile(group: readonly Compiled[]): Promise<string> {
   const text = [
     `#include ${JSON.stringify(headers[0])}`,
     ...group.map((k) => k.made.source),
-    ...group.flatMap(({ made }) => namespacesOf(made).map((name) => `using namespace ${name};`)),
+    ...group.flatMap(({ made }) => namespacesOf(made.source).map((name) => `using namespace ${name};`)),
     "const emulator::Entry emulator::entries[] = {",
     ...entries.map(({ made, entry }) => `  emulator::entry<${entry}>("${entry}", ${clusterOf(made, entry)}),`),
     "  {}};",
@@ -101,8 +101,7 @@ async function compile(group: readonly Compiled[]): Promise<string> {
 }
 
 /** The namespaces of a source: several where it is made of the sources of several kernels. */
-const namespacesOf = ({ source }: GeneratedKernel): string[] =>
-  [...source.matchAll(/^namespace (\w+_ns) \{/gm)].map(([, name = ""]) => name);
+export const namespacesOf = (source: string): string[] => [...source.matchAll(/^namespace (\w+_ns) \{/gm)].map(([, name = ""]) => name);
 
 /** Blocks in a cluster of an entry, which stands in its source: `__cluster_dims__(2, 1, 1)`. */
 const clusterOf = ({ source }: GeneratedKernel, entry: string): number =>

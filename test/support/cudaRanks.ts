@@ -8,6 +8,8 @@ import type { Collective, CollectiveKind, Compute, Kernel, Plan } from "../../sc
 import { startOf } from "../../src/codegen/launchArgs.ts";
 import { cpu } from "../../src/codegen/targets.ts";
 import { compile } from "../../src/compile.ts";
+import { parsePlan } from "../../src/plan/read.ts";
+import { printPlan } from "../../src/plan/seal.ts";
 import { asCuda, bytesAt, imagesOf, noCompiler, standIn, withCubins } from "./cudaStandIn.ts";
 import { type Hand, handPlan } from "./handPlan.ts";
 import { jobOf } from "./job.ts";
@@ -63,7 +65,8 @@ export function standInWithFolder(prefix: string) {
     /** What a kernel threw. */
     complaint: () => cuda().complaint(),
     async open(compiled: Plan): Promise<{ readonly plan: Plan; readonly all: CudaRanks[] }> {
-      const { plan, kernels } = asCuda(compiled);
+      // a file has the operands of an instruction in another order, and ranks of a launch read their plan from one
+      const { plan, kernels } = asCuda(parsePlan(printPlan(compiled), "plan.json"));
       cuda().serve(kernels);
       return { plan, all: await cuda().openAll(plan) };
     },

@@ -8,7 +8,7 @@ import { shardCount } from "../../../schemas/sharding.ts";
 import { attentionVariant } from "../../ops/attentionVariants.ts";
 import type { Mesh } from "../../passes/mesh.ts";
 import type { BufferTable } from "../bufferTable.ts";
-import { costOf } from "../cost.ts";
+import { costOf, readsInOrder } from "../cost.ts";
 
 /** What the time of a kernel depends on. */
 export interface KernelShape {
@@ -89,7 +89,7 @@ export function kernelShape(i: Compute, mesh: Mesh, buffers: BufferTable): Kerne
   const attention = attentionVariant(i.op);
   // attention also reads logarithms of sums in f32, and multiplies nothing by them
   const product = products[i.op];
-  const operands = Object.values(i.reads);
+  const operands = readsInOrder(i);
   // and products with a formula behind them read more than their two operands
   const dtype = attention ? firstOf(i, buffers) : widestOf(product ? operands.slice(0, 2) : operands, buffers);
   const base = { op, flops, bytes, dtype };
@@ -121,7 +121,7 @@ export function kernelShape(i: Compute, mesh: Mesh, buffers: BufferTable): Kerne
 
 /** Returns the type of the first operand; f32 if an instruction reads none. */
 function firstOf(i: Compute, buffers: BufferTable): Dtype {
-  const [first] = Object.values(i.reads);
+  const [first] = readsInOrder(i);
   return first === undefined ? "f32" : buffers.get(first).dtype;
 }
 
