@@ -1,4 +1,5 @@
 /** The folders: which may import which, who prints, who touches files. docs/concepts.md draws the same. And limits of every file of source. */
+import { readdirSync, readFileSync } from "node:fs";
 import { dirname, join, relative } from "node:path";
 import { Project, SyntaxKind, type TypeNode, ts } from "ts-morph";
 import { describe, expect, test } from "vitest";
@@ -251,6 +252,12 @@ describe("limits of source files", () => {
     expect(sources.filter(([, { file }]) => lineOf(file, file.end) > 401).map(([path]) => path)).toEqual([]);
     const linesOf = (node: ts.Node, file: ts.SourceFile): number => lineOf(file, node.end) - lineOf(file, node.getStart(file)) + 1;
     expect(places((node, file) => ts.isFunctionLike(node) && linesOf(node, file) > 80)).toEqual([]);
+  });
+
+  test("no test and no bench has more than 400 lines", () => {
+    const tests = readdirSync(join(root, "test"), { recursive: true, encoding: "utf8" }).filter((path) => path.endsWith(".ts"));
+    expect(tests.length).toBeGreaterThan(100);
+    expect(tests.filter((path) => readFileSync(join(root, "test", path), "utf8").split("\n").length > 401)).toEqual([]);
   });
 
   test("every export has a docstring", () => {

@@ -28,7 +28,7 @@ const apart = [6, 12].flatMap((ranks) => {
   );
 });
 /** Layouts for two stages, of so many layers (t) and with what goes before the head (m). */
-export const layouts: Readonly<Record<string, (t: number, m: string) => string>> = {
+const layouts: Readonly<Record<string, (t: number, m: string) => string>> = {
   uneven: (t, m) => `${t === 2 ? "Ett|" : "Et|ttt"}${m}L`,
   "empty between": (t, m) => `E||t*${t},|${m}L`,
   "two empty": (t, m) => `Et*${t}|||${m}L`,
@@ -38,7 +38,7 @@ export const layouts: Readonly<Record<string, (t: number, m: string) => string>>
 const power = (max: number) => fc.integer({ min: 0, max }).map((n) => 2 ** n);
 /** Draws are made smaller towards the first of each list. */
 const oneOf = fc.constantFrom;
-export const router = fc.oneof(
+const router = fc.oneof(
   { weight: 2, arbitrary: fc.constant(moe.router) },
   {
     weight: 4,
