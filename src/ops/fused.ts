@@ -158,7 +158,7 @@ function summed(first: Float32Array, ...more: readonly Float32Array[]): Float32A
   for (const addend of more) for (let i = 0; i < sum.length; i++) sum[i]! += addend[i]!;
   return sum;
 }
-/** A sum of the residual stream and its norm, which reads the sum before it is rounded. */
+/** A sum of the residual stream and its norm, which reads the sum as it is stored. */
 export const rmsnormSum = op({
   name: "rmsnorm_sum",
   sig: "x1[B,S,D!] x2[B,S,D!] gain[D!] -> sum[B,S,D!] y[B,S,D!]",

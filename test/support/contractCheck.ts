@@ -44,8 +44,8 @@ function close(have: Float32Array | Int32Array, want: Float32Array | Int32Array,
   let absolute = 1e-5 * largest;
   // rounded once when stored; one step more where that falls on the other side
   relative += 3 * stepOf[dtype];
-  // y is a function of the product as it is stored, so that backward computes the same y once more
-  if (/gemm_swiglu$/.test(use.op) && name === "y") relative += 2 * stepOf[dtype];
+  // y is a function of the product, or of the sum, as it is stored, so that backward computes with the same values
+  if (/gemm_swiglu$|rmsnorm_sum(_triple)?$/.test(use.op) && name === "y") relative += 2 * stepOf[dtype];
   // weights and their gradients enter the second product in half precision, as in every fused attention
   const halfType = Object.values(use.dtype).find((t) => bytesOf[t] === 2);
   if (use.op.startsWith("attention") && halfType) absolute += 4 * stepOf[halfType] * largest;
