@@ -99,8 +99,8 @@ const inputGradInto = (s: ProductSpec<"dz" | "w" | "gate">, of: Extent, formula:
   return { ...product, c: { ...product.c, name: "dy" }, epilogue: { formula, storesProduct: false } };
 };
 /** The weight gradients of two products of one operand. */
-function weightGradPair(s: ProductSpec<"x" | "dy1" | "dy2" | "dw1" | "dw2"> & KernelSpec<string, "F">, of: Extent): MatrixProduct {
-  const { b, c, n } = weightGrad({ ...s, d: { ...s.d, N: s.d.F } }, of, "dy2", "dw2");
+function weightGradPair(s: ProductSpec<"x" | "dy1" | "dy2" | "dw1" | "dw2">, of: Extent): MatrixProduct {
+  const { b, c, n } = weightGrad(s, of, "dy2", "dw2");
   return { ...weightGrad(s, of, "dy1", "dw1"), twin: { b, c, n } };
 }
 

@@ -50,13 +50,13 @@ export const groupedDgradPair = op({
 /** The weight gradients of two products of the same rows of experts, as gate and up: rows are read once, and one launch has the tiles of both. */
 export const groupedWgradPair = op({
   name: "grouped_wgrad_pair",
-  sig: "x[B~S~E,K] dy1[B~S~E,N] dy2[B~S~E,F] -> dw1[E,K,N] dw2[E,K,F]",
+  sig: "x[B~S~E,K] dy1[B~S~E,N] dy2[B~S~E,N] -> dw1[E,K,N] dw2[E,K,N]",
   suffix: "wgrad",
   types: { dw1: "f32", dw2: "f32" },
-  flops: ({ R, K, N, F }) => 2 * R * K * (N + F),
+  flops: ({ R, K, N }) => 4 * R * K * N,
   cpu({ x, dy1, dy2, dw1, dw2 }, d, p) {
     groupedWgrad.cpu({ x, dy: dy1, dw: dw1 }, d, p);
-    groupedWgrad.cpu({ x, dy: dy2, dw: dw2 }, { ...d, N: d.F }, p);
+    groupedWgrad.cpu({ x, dy: dy2, dw: dw2 }, d, p);
   },
 });
 

@@ -261,7 +261,7 @@ test("the dims along which each op may be sharded", () => {
     gemm_dgrad_pair: B S K
     gemm_dgrad_triple: B S K
     grouped_dgrad_pair: B S E K
-    grouped_wgrad_pair: B S E K N F
+    grouped_wgrad_pair: B S E K N
     swiglu_grad_again: B S F
     swiglu_rows_grad_again: B S E F
     gemm_swiglu: B S N

@@ -63,7 +63,7 @@ test("both languages get the same expression: variables at their scope, parenthe
   const [c, w] = [formulaText(cuda, results), formulaText(wgsl, results)];
   expect(c.row).toEqual(["const float s = sigmoid(gate);"]);
   expect(c.stages).toEqual([{ name: "sum", by: "sum", term: "x * x", after: [] }]);
-  expect(c.results.get("y")?.text).toBe("x > 0.0f ? x * (1.0f - s) : sum / (x + 2.0f)");
+  expect(c.results.get("y")?.text).toBe("x > 0.0f ? __fmul_rn(x, 1.0f - s) : sum / (x + 2.0f)");
   expect(w.row).toEqual(["let s = sigmoid_of(gate);"]);
   expect(w.results.get("y")?.text).toBe("select(sum / (x + 2.0), x * (1.0 - s), x > V(0.0))");
 });
@@ -72,7 +72,7 @@ test("CUDA divides by a value per row through its reciprocal, WGSL divides", () 
   const [x, gate] = [operandIn(layoutOf(sigmoidGate), "x"), operandIn(layoutOf(sigmoidGate), "gate")];
   const results = { y: div(x, variable("by", add(gate, 1))) };
   expect(formulaText(cuda, results)).toMatchObject({ row: ["const float by = 1.0f / (gate + 1.0f);"] });
-  expect(formulaText(cuda, results).results.get("y")?.text).toBe("x * by");
+  expect(formulaText(cuda, results).results.get("y")?.text).toBe("__fmul_rn(x, by)");
   expect(formulaText(wgsl, results).results.get("y")?.text).toBe("x / by");
 });
 

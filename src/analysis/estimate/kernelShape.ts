@@ -50,7 +50,7 @@ const products: Readonly<Partial<Record<OpName, ProductForm>>> = {
   grouped_dgrad_swiglu: groupedDgrad,
   grouped_dgrad_pair: { family: "grouped", sizes: (d, rows) => [rows, sizeOf(d, "K"), sizeOf(d, "N") + sizeOf(d, "F")] },
   grouped_wgrad: { family: "grouped_wgrad", sizes: (d, rows) => [sizeOf(d, "K"), sizeOf(d, "N"), rows] },
-  grouped_wgrad_pair: { family: "grouped_wgrad", sizes: (d, rows) => [sizeOf(d, "K"), sizeOf(d, "N") + sizeOf(d, "F"), rows] },
+  grouped_wgrad_pair: { family: "grouped_wgrad", sizes: (d, rows) => [sizeOf(d, "K"), 2 * sizeOf(d, "N"), rows] },
 };
 
 /** Ops that move rows, or elements, from and to places that other values say, and gradients of norms, which also add over rows. */

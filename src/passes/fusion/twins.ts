@@ -36,7 +36,7 @@ function pairOf(first: Compute, second: Compute): Compute {
   return {
     ...second,
     op: "grouped_wgrad_pair",
-    dims: { ...second.dims, ...(second.dims.N && { F: second.dims.N }) },
+    dims: second.dims,
     reads: { x, dy1: first.reads.dy ?? "", dy2: second.reads.dy ?? "" },
     writes: { dw1: first.writes.dw ?? "", dw2: second.writes.dw ?? "" },
     ...(second.accumulates && { accumulates: ["dw1", "dw2"] }),
