@@ -56,7 +56,7 @@ function planSchema(strictness: Strictness): object {
   return JSON.parse(readPackageFile("schemas/plan.schema.json"), strictness === "additive" ? open : undefined);
 }
 
-/** Returns the schema of plans for `openFastAjv`: unions whose variants have different kinds are told apart by them, and descriptions are left out. */
+/** Returns the schema of plans for `openFastAjv`: it names the key that selects the variant of a union, and has no descriptions. */
 export function fastPlanSchema(): object {
   return JSON.parse(readPackageFile("schemas/plan.schema.json"), (key, value: unknown) => {
     if (key === "description" && typeof value === "string") return undefined;

@@ -76,8 +76,8 @@ export interface SearchResult {
   readonly conflict?: Conflict;
 }
 
-/** The gain over the job as written from which on its reasons are told. */
-const TOLD = 0.03;
+/** The least gain over the job as written, as a share, for which the search prints reasons. */
+const LEAST_GAIN = 0.03;
 const GIB = 2 ** 30;
 /**
  * Returns the bytes of a device that no plan can have: driver, context and code, and beside several ranks the buffers of NCCL. Measured on H200:
@@ -155,7 +155,7 @@ export function search(
   const [winner] = best;
   const own =
     written && firstError(written) === undefined ? timedPlan(estimateJob(written, options), peakOf(written, target).bytes) : undefined;
-  const isBeaten = written && own && winner && winner.seconds * (1 + TOLD) < own.seconds;
+  const isBeaten = written && own && winner && winner.seconds * (1 + LEAST_GAIN) < own.seconds;
   return {
     ...{ best, tooLarge: tooLarge.sort((a, b) => a.peak - b.peak) },
     ...(own && { written: own }),

@@ -155,6 +155,15 @@ describe("parameters that are gathered in forward", () => {
   });
 });
 
+/** The instructions of a forward and of the backward of the microbatch before it, in the order of their turns. */
+function turnsOfPair(p: Program, { forward, backward }: { readonly forward: number; readonly backward: number }) {
+  const runs = [
+    { kind: "forward", microbatch: 1, chunk: forward },
+    { kind: "backward", microbatch: 0, chunk: backward },
+  ] as const;
+  return turnsOf(p, runs).flatMap(({ run, instructions }) => instructions.map((i) => ({ i, kind: run.kind })));
+}
+
 describe("pairs of microbatches", () => {
   const pairs = {
     "one stage": planOf({ world: 4, expert: 4, expert_overlap: "interleave", gradient_bucket: 0.01 }, { global_batch: 16 }),
@@ -230,12 +239,8 @@ describe("pairs of microbatches", () => {
     });
     test("most exchanges of a pair run beside instructions of the other microbatch", () => {
       for (const p of programs)
-        for (const { forward, backward } of p.pairs!) {
-          const runs = [
-            { kind: "forward", microbatch: 1, chunk: forward },
-            { kind: "backward", microbatch: 0, chunk: backward },
-          ] as const;
-          const all = turnsOf(p, runs).flatMap(({ run, instructions }) => instructions.map((i) => ({ i, kind: run.kind })));
+        for (const pair of p.pairs!) {
+          const all = turnsOfPair(p, pair);
           const begun = all.flatMap(({ i, kind }, at) => (exchanges([i]).length > 0 ? [{ id: i.id, kind, at }] : []));
           const hidden = begun.filter(({ id, kind, at }) => {
             const end = all.findIndex(({ i }) => i.waits?.includes(id));
@@ -272,14 +277,10 @@ describe("pairs of microbatches", () => {
     );
     for (const { programs } of [...Object.values(pairs), apart])
       for (const p of programs)
-        for (const { forward, backward } of p.pairs!) {
-          const runs = [
-            { kind: "forward", microbatch: 1, chunk: forward },
-            { kind: "backward", microbatch: 0, chunk: backward },
-          ] as const;
-          const all = turnsOf(p, runs).flatMap(({ run, instructions }) => instructions.map((i) => ({ i, of: run.kind })));
-          for (const [at, { i, of }] of all.entries())
-            if (i.kind === "send") expect(all.slice(at).filter((later) => later.i.kind === "recv" && later.of !== of)).toEqual([]);
+        for (const pair of p.pairs!) {
+          const all = turnsOfPair(p, pair);
+          for (const [at, { i, kind }] of all.entries())
+            if (i.kind === "send") expect(all.slice(at).filter((later) => later.i.kind === "recv" && later.kind !== kind)).toEqual([]);
         }
   });
   test("the second microbatch is in the peak: one copy of activations more, and the workspace of a forward beside that of a backward", () => {

@@ -90,7 +90,7 @@ function choose(
   if (node.op.linear && at.every((p) => p === PARTIAL_SUM)) return { partial: true, by: () => "all inputs are partial sums" };
   const votes = pairs(ins, at).flatMap(([{ value, operand }, dimIndex], index) => {
     const spec = operand.dimSpecs[dimIndex];
-    // local rows are not sharded anew
+    // rows that are numbered on one rank keep their sharding
     if (!spec || spec.replicated || rows.some(({ dim }) => dim === spec.dim)) return [];
     const parameter = value.leaf?.kind === "parameter";
     const by = (uses: NodeUses): string => `${parameter ? operandId(uses, index) : operand.name} is ${alongText(spec.dim)}`;
