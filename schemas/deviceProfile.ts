@@ -122,7 +122,7 @@ export const DeviceProfile = z.strictObject({
     host_ahead_us: atLeastZero
       .optional()
       .describe("the same where the host waits for no count of rows, so that it prepares launches ahead; default: host_us"),
-    event_us: atLeastZero.default(0).describe("of each instruction in a step whose instructions are timed: the events around it"),
+    event_us: atLeastZero.default(0).describe("of each launch in a step whose instructions are timed: the events around it"),
     clock: share.describe("arithmetic runs at this share of the rates of the laws and of the table: power lowers the clock in a long step"),
     families: z.record(z.enum(kernelFamilies), KernelLaw),
     measured: z.array(MeasuredKernel),

@@ -5,6 +5,7 @@ import { join } from "node:path";
 import { afterAll, expect, test } from "vitest";
 import { stringify } from "yaml";
 import { calibrated } from "../../src/analysis/estimate/calibrate.ts";
+import { calibrationJobs } from "../../src/analysis/estimate/calibrationJobs.ts";
 import { type ClassTime, estimate } from "../../src/analysis/estimate/estimate.ts";
 import { parseProfile } from "../../src/analysis/estimate/profileFile.ts";
 import { packageProfile } from "../../src/analysis/estimate/profiles.ts";
@@ -28,6 +29,7 @@ import { jobOf } from "../support/job.ts";
 import { rankc } from "../support/rankc.ts";
 
 const profile = packageProfile("h100-80gb")!;
+const sm90 = await loadTarget("cuda:sm_90a");
 const planOf = (parallel: object) =>
   compile(
     jobOf({
@@ -149,7 +151,7 @@ test("a profile calibrated on simulated steps estimates the plan as the simulate
   const real = estimate(flat, { profile: machine });
   const source = { name: "own", device: "h100-80gb", stack: "rankc", from: "a test", date: "2026-11-30" };
   const base = { ...profile, kernels: { ...profile.kernels, launch_us: 0 }, overlap: machine.overlap };
-  const own = calibrated(base, flat, timingsOf(flat, real.simulation), source);
+  const own = calibrated(base, [{ plan: flat, steps: [timingsOf(flat, real.simulation)] }], source);
   const again = estimate(flat, { profile: parseProfile(JSON.stringify(own), "own.json") });
   expect(again.sources.measured).toBeGreaterThan(0.95);
   // tables of collectives that the plan lacks, and of groups of other sizes, stay
@@ -170,4 +172,33 @@ test("calibrate measures the CPU backend and writes a profile that inspect takes
   const own = parseProfile(readFileSync(out, "utf8"), out);
   expect(own.kernels.measured.some(({ op }) => op.startsWith("gemm"))).toBe(true);
   expect(own.sources[0]!.from).toContain("backend cpu");
+});
+
+test("the calibration jobs are valid, fit their devices' steps, and have attention of every width and length between 1,024 and 32,768", () => {
+  const jobs = calibrationJobs("h200-141gb").map((job) => jobOf(job));
+  expect(new Set(jobs.map(({ name }) => name)).size).toBe(jobs.length);
+  const widths = jobs.map(({ model }) => (model.mla ? model.mla.nope_dim + model.mla.rope_dim : model.head_dim));
+  for (const width of [64, 128, 192, 256]) {
+    const lengths = jobs.filter((_, n) => widths[n] === width).map(({ model }) => model.seq);
+    expect(Math.max(...lengths) / Math.min(...lengths), `heads of ${width}`).toBeGreaterThanOrEqual(4);
+  }
+  const rows = jobs.flatMap(({ model: { moe, seq }, train }) => (moe ? [(seq * train.micro_batch * moe.top_k) / moe.experts] : []));
+  expect(Math.min(...rows)).toBeLessThanOrEqual(256);
+  expect(Math.max(...rows)).toBeGreaterThanOrEqual(2048);
+});
+
+test("calibrate without a job names what it needs", async () => {
+  expect((await rankc("calibrate", "-o", join(folder, "none.json"))).err).toContain("name a job; those of the package, for --backend cuda");
+  expect((await rankc("calibrate", "--backend", "cuda", "-o", join(folder, "none.json"))).err).toContain("write --device, one of");
+  expect((await rankc("calibrate", "--backend", "cuda", "--device", "cpu", "-o", join(folder, "none.json"))).err).toContain(
+    "there is no device cpu",
+  );
+});
+
+test("a kernel of the first microbatch is calibrated as one that writes, those of later ones as ones that add", () => {
+  const plan = compile(jobOf({ ...overlapped, parallel: { world: 1 } }), { target: sm90 }).plan;
+  const run = { plan, steps: [timingsOf(plan, estimate(plan, { profile }).simulation)] };
+  const { kernels } = calibrated(profile, [run], { name: "own", device: "h100-80gb", stack: "rankc", from: "a test", date: "2026-11-30" });
+  const ops = new Set(kernels.measured.map(({ op }) => op));
+  expect([...ops]).toEqual(expect.arrayContaining(["gemm_wgrad", "gemm_wgrad adds"]));
 });

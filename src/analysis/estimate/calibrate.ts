@@ -4,9 +4,10 @@ import type { CollectiveKind, Plan } from "../../../schemas/plan.ts";
 import { instructionsOf } from "../../../schemas/program.ts";
 import { stageOfRank } from "../../../schemas/sharding.ts";
 import type { Timing } from "../../../schemas/timing.ts";
+import { largest } from "../../units.ts";
 import { buffersOf } from "../bufferTable.ts";
 import { programOf } from "../stages.ts";
-import { type KernelShape, kernelShape } from "./kernelShape.ts";
+import { asFirst, type KernelShape, kernelShape } from "./kernelShape.ts";
 import { hardwareOf, lawSeconds } from "./kernelTime.ts";
 import { sentShare } from "./linkTime.ts";
 import { topologyOf } from "./topology.ts";
@@ -22,6 +23,13 @@ export interface CalibrationSource {
   readonly date: string;
 }
 
+/** The timed steps of a plan. */
+export interface CalibrationRun {
+  readonly plan: Plan;
+  /** Of each step the timings of local ranks, in the order of their beginning. */
+  readonly steps: readonly (readonly Timing[])[];
+}
+
 /** Times of equal kernels, or of equal collectives. */
 interface Samples<Of> {
   readonly of: Of;
@@ -34,44 +42,79 @@ interface MeasuredCollective {
 }
 
 /**
- * Returns a profile with the measured kernels and links of a run, and the laws of `base`, whose shares of peak and bandwidth are scaled to what was
- * measured. `timings`: of one or more steps, of local ranks. Links that were not measured are those of `base`.
+ * Returns a profile with the measured kernels and links of runs, and the laws of `base`, whose shares of peak and bandwidth are scaled to what was
+ * measured. Links that were not measured are those of `base`.
  */
-export function calibrated(base: DeviceProfile, plan: Plan, timings: readonly Timing[], source: CalibrationSource): DeviceProfile {
-  const { kernels, collectives } = samplesOf(plan, timings);
+export function calibrated(base: DeviceProfile, runs: readonly CalibrationRun[], source: CalibrationSource): DeviceProfile {
+  const { kernels, collectives } = samplesOf(runs);
   const { from, date, ...named } = source;
   const profile: DeviceProfile = { ...base, ...named };
   const hardware = hardwareOf(profile);
-  const ratios = new Map<KernelFamily, number[]>();
+  const ratios = new Map<KernelFamily, WeightedRatio[]>();
   const measured = kernels.map(({ of, us }) => {
     const time = median(us);
     const law = lawSeconds(of, base.kernels.families[of.family], hardware);
-    ratios.set(of.family, [...(ratios.get(of.family) ?? []), (1e-6 * time) / law]);
+    const known = ratios.get(of.family) ?? [];
+    ratios.set(of.family, known);
+    known.push({ ratio: (1e-6 * time) / law, weight: law });
     return { op: of.op, sizes: { ...of.sizes }, us: Number(time.toPrecision(4)) };
   });
   const families = { ...base.kernels.families };
   for (const family of kernelFamilies) {
-    const ratio = median(ratios.get(family) ?? [1]);
+    const ratio = weightedMedian(ratios.get(family) ?? []);
     const law = families[family];
     const scaled = (share: number): number => Number(Math.min(2, Math.max(1e-6, share / ratio)).toPrecision(4));
     families[family] = { ...law, peak_share: scaled(law.peak_share), bandwidth_share: scaled(law.bandwidth_share) };
   }
   const tables = merged(base.links.host.tables, tablesOf(collectives));
+  const names = runs.length === 1 ? (runs[0]?.plan.job.name ?? "") : `${runs.length} jobs`;
   return {
     ...profile,
     sources: [
-      { what: `${measured.length} kernels and ${collectives.length} collectives of ${plan.job.name}`, from, date },
+      { what: `${measured.length} kernels and ${collectives.length} collectives of ${names}`, from, date },
       { what: "laws of other shapes, and links that were not measured", from: `the profile ${base.name}` },
     ],
-    kernels: { ...base.kernels, clock: 1, families, measured },
+    kernels: { ...base.kernels, clock: 1, event_us: eventsOf(runs, base.kernels.launch_us), families, measured },
     links: { ...base.links, host: { ...base.links.host, tables } },
   };
 }
 
 const median = (numbers: readonly number[]): number => [...numbers].sort((a, b) => a - b)[Math.floor(numbers.length / 2)] ?? 1;
 
+/** The ratio of a kernel's measured to its computed time, and how much it counts: long kernels say more about shares of peaks. */
+interface WeightedRatio {
+  readonly ratio: number;
+  readonly weight: number;
+}
+
+/** Returns the ratio at half of the weight; 1 without ratios. */
+function weightedMedian(ratios: readonly WeightedRatio[]): number {
+  const sorted = [...ratios].sort((a, b) => a.ratio - b.ratio);
+  let left = sorted.reduce((sum, { weight }) => sum + weight, 0) / 2;
+  for (const { ratio, weight } of sorted) {
+    left -= weight;
+    if (left <= 0) return ratio;
+  }
+  return 1;
+}
+
+/** Returns what the events around an instruction take beside the gap between two kernels of a graph, in µs: the median over steps of one rank. */
+function eventsOf(runs: readonly CalibrationRun[], launch_us: number): number {
+  const gaps = runs.flatMap(({ plan, steps }) =>
+    steps.flatMap((timings) => {
+      const [first] = timings;
+      // ranks, and streams, run beside each other
+      if (first === undefined || plan.mesh.world > 1 || timings.some(({ stream }) => stream !== first.stream)) return [];
+      const begin = timings.reduce((least, t) => Math.min(least, t.begin_us), first.begin_us);
+      const busy = timings.reduce((sum, t) => sum + t.end_us - t.begin_us, 0);
+      return [(largest(timings, (t) => t.end_us) - begin - busy) / timings.length];
+    }),
+  );
+  return gaps.length === 0 ? 0 : Number(Math.max(0, median(gaps) - launch_us).toPrecision(2));
+}
+
 /** Groups the times of kernels by op and sizes, and those of collectives inside a node by kind, ranks and bytes. */
-function samplesOf(plan: Plan, timings: readonly Timing[]) {
+function samplesOf(runs: readonly CalibrationRun[]) {
   const kernels = new Map<string, Samples<KernelShape>>();
   const collectives = new Map<string, Samples<MeasuredCollective>>();
   const put = <Of>(all: Map<string, Samples<Of>>, key: string, of: Of, us: number): void => {
@@ -79,15 +122,22 @@ function samplesOf(plan: Plan, timings: readonly Timing[]) {
     if (known) known.us.push(us);
     else all.set(key, { of, us: [us] });
   };
-  const stages = new Map<number, ReturnType<typeof stageShapes>>();
-  for (const { rank, id, us } of wholeTimes(timings)) {
-    const stage = stageOfRank(plan.mesh, rank);
-    const shapes = stages.get(stage) ?? stageShapes(plan, stage);
-    stages.set(stage, shapes);
-    const kernel = shapes.kernels.get(id);
-    if (kernel) put(kernels, JSON.stringify([kernel.op, kernel.sizes]), kernel, us);
-    const collective = shapes.collectives.get(id);
-    if (collective) put(collectives, JSON.stringify(collective), collective, us);
+  for (const { plan, steps } of runs) {
+    const stages = new Map<number, ReturnType<typeof stageShapes>>();
+    for (const timings of steps) {
+      const seen = new Set<string>();
+      for (const { rank, id, us } of wholeTimes(timings)) {
+        const stage = stageOfRank(plan.mesh, rank);
+        const shapes = stages.get(stage) ?? stageShapes(plan, stage);
+        stages.set(stage, shapes);
+        const isFirst = !seen.has(`${rank} ${id}`);
+        seen.add(`${rank} ${id}`);
+        const kernel = (isFirst ? shapes.firsts : shapes.kernels).get(id);
+        if (kernel) put(kernels, JSON.stringify([kernel.op, kernel.sizes]), kernel, us);
+        const collective = shapes.collectives.get(id);
+        if (collective) put(collectives, JSON.stringify(collective), collective, us);
+      }
+    }
   }
   return { kernels: [...kernels.values()], collectives: [...collectives.values()] };
 }
@@ -105,22 +155,25 @@ function wholeTimes(timings: readonly Timing[]): { readonly rank: number; readon
   return whole.filter(({ us }) => us > 0);
 }
 
-/** Returns the shapes of a stage's kernels and of its collectives inside a node, by instruction. */
+/** Returns the shapes of a stage's kernels, in the first and in later microbatches of a step, and of its collectives inside a node, by instruction. */
 function stageShapes(plan: Plan, stage: number) {
   const program = programOf(plan, stage);
   const buffers = buffersOf(program);
   const groupOf = topologyOf(plan.mesh, stage);
+  const firsts = new Map<string, KernelShape>();
   const kernels = new Map<string, KernelShape>();
   const collectives = new Map<string, MeasuredCollective>();
   for (const i of instructionsOf(program)) {
-    if (i.kind === "compute") kernels.set(i.id, kernelShape(i, plan.mesh, buffers));
-    else if (i.kind === "collective") {
+    if (i.kind === "compute") {
+      kernels.set(i.id, kernelShape(i, plan.mesh, buffers));
+      firsts.set(i.id, kernelShape(asFirst(i), plan.mesh, buffers));
+    } else if (i.kind === "collective") {
       const { ranks, nodes } = groupOf(i);
       const bytes = Math.max(buffers.bytesOf(i.from), buffers.bytesOf(i.to));
       if (ranks > 1 && nodes === 1) collectives.set(i.id, { how: i.how, ranks, bytes });
     }
   }
-  return { kernels, collectives };
+  return { firsts, kernels, collectives };
 }
 
 type Tables = DeviceProfile["links"]["host"]["tables"];

@@ -80,10 +80,19 @@ const optimizers: ReadonlySet<OpName> = new Set([
   ...(["muon", "muon_momentum", "muon_scheduled", "orthogonalize", "orthogonalize_experts"] as const),
 ]);
 
-/** Returns the shape of a kernel on one rank, with the expected number of rows. An op that adds to a result has " adds" behind its name. */
+/** Returns the instruction of the first microbatch of a step: its kernel may write what later ones add to. */
+export function asFirst(i: Compute): Compute {
+  if (i.first_kernel === undefined) return i;
+  const { accumulates: _, first_kernel: kernel, ...rest } = i;
+  return { ...rest, kernel };
+}
+
+/**
+ * Returns the shape of a kernel on one rank, with the expected number of rows. A product that adds to a result has " adds" behind its op, and one of
+ * operands in f32 " f32".
+ */
 export function kernelShape(i: Compute, mesh: Mesh, buffers: BufferTable): KernelShape {
   const { flops, bytes } = costOf(i, mesh, buffers);
-  const op = products[i.op] !== undefined && (i.accumulates ?? []).length > 0 ? `${i.op} adds` : i.op;
   const d: Record<string, number> = { ...i.attrs };
   for (const [dim, [size, subAxes]] of Object.entries(i.dims)) d[dim] = size / shardCount(mesh, subAxes);
   const attention = attentionVariant(i.op);
@@ -92,6 +101,7 @@ export function kernelShape(i: Compute, mesh: Mesh, buffers: BufferTable): Kerne
   const operands = readsInOrder(i);
   // and products with a formula behind them read more than their two operands
   const dtype = attention ? firstOf(i, buffers) : widestOf(product ? operands.slice(0, 2) : operands, buffers);
+  const op = product ? `${i.op}${dtype === "f32" ? " f32" : ""}${(i.accumulates ?? []).length > 0 ? " adds" : ""}` : i.op;
   const base = { op, flops, bytes, dtype };
   if (product) {
     const rows = flops / (2 * sizeOf(d, "K") * (sizeOf(d, "N") + (d.F ?? 0)));

@@ -10,7 +10,7 @@ import { elementsOf, rankAt } from "../../../schemas/sharding.ts";
 import { Repeats } from "../../repeats.ts";
 import { type BufferTable, buffersOf } from "../bufferTable.ts";
 import { besideOf } from "./besideLaw.ts";
-import { kernelShape } from "./kernelShape.ts";
+import { asFirst, kernelShape } from "./kernelShape.ts";
 import { KernelTimes, type SourcedTime, type TimeSource } from "./kernelTime.ts";
 import { collectiveSeconds, type RowCopies, transferSeconds } from "./linkTime.ts";
 import { type GroupTopology, topologyOf } from "./topology.ts";
@@ -79,7 +79,7 @@ export interface Assumptions {
   readonly captured?: boolean;
   /** Whether the host waits for no count of rows, so that it prepares launches ahead of the device. */
   readonly runsAhead?: boolean;
-  /** Whether an event stands before and behind each instruction, as in `run --profile`. */
+  /** Whether an event stands before and behind each launch, as in `run --profile`. */
   readonly timed?: boolean;
   /** Communication that runs beside kernels: the share that this hides stands in the profile. */
   readonly hidden?: readonly ("experts" | "data" | "tensor")[];
@@ -138,14 +138,14 @@ export function blockTimer(
       const time = kernels.timeOf(shape);
       const launches = launchesOf.get(i.kernel) ?? 1;
       const { launch_us, event_us } = profile.kernels;
-      const gaps = 1e-6 * (launch_us * launches + (assumed.timed ? event_us : 0));
+      const gaps = 1e-6 * launches * (launch_us + (assumed.timed ? event_us : 0));
       const seconds = time.seconds * (isOfExperts(i, buffers) ? imbalance : 1) + gaps;
       const timed = { seconds, source: time.source, part: parts[shape.family] };
       known.set(key, timed);
       return timed;
     };
     const timed = (written: Instruction, isStep: boolean, isFirst: boolean): TimedInstruction => {
-      const i = isFirst ? asFirst(written) : written;
+      const i = isFirst && written.kind === "compute" ? asFirst(written) : written;
       const touch = new LazyTouch(i, buffers, spanOf);
       if (i.kind === "compute") {
         const { part, ...time } = kernelTime(i);
@@ -220,13 +220,6 @@ function madeOnce<K, V>(known: Map<K, V>, key: K, make: () => V): V {
 }
 
 const hasFirst = (i: Instruction): boolean => i.only === "first" || (i.kind === "compute" && i.first_kernel !== undefined);
-
-/** Returns the instruction of the first microbatch of a step. */
-function asFirst(i: Instruction): Instruction {
-  if (i.kind !== "compute" || i.first_kernel === undefined) return i;
-  const { accumulates: _, first_kernel: kernel, ...rest } = i;
-  return { ...rest, kernel };
-}
 
 /** Returns whether a collective sends rows to experts or back. */
 const isOfRows = ({ how, name }: Collective): boolean =>
