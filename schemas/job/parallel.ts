@@ -47,7 +47,9 @@ export const ParallelText = z.strictObject({
   schedule: z
     .enum(["1f1b", "zero_bubble"])
     .default("1f1b")
-    .describe("order of microbatches on a stage; zero_bubble computes gradients of weights later, while the stage would wait"),
+    .describe(
+      "order of microbatches on a stage; zero_bubble computes gradients of weights later, while the stage would wait; chunks have the interleaved order in both",
+    ),
   expert: count.default(1).describe("ranks over which the experts of a layer are spread"),
   expert_tensor: count
     .default(1)

@@ -2,7 +2,7 @@
  * The order in which each stage runs its blocks. 1F1B: stage s starts with stages - s - 1 forwards, then alternates one forward and
  * one backward. Interleaved (Narayanan et al. 2021): 1F1B over chunks, with microbatches in groups of at least as many as there are
  * stages. Zero-bubble (Qi et al. 2023, ZB-H1): gradients of weights fill the bubbles; no stage holds more microbatches in flight than
- * the first stage does under 1F1B. With `expert_overlap: interleave` the alternating forwards and backwards run in pairs: a stage then starts
+ * the first stage does under 1F1B; over chunks, forwards and backwards have the order of the interleaved schedule. With `expert_overlap: interleave` the alternating forwards and backwards run in pairs: a stage then starts
  * with one forward more, and twice as many for each later stage, because a pair ends as a whole: what it sends is used one pair later.
  */
 
@@ -41,7 +41,7 @@ export function schedule(job: Scheduled, chunks: number): Schedule[] {
   const inPairs = runsInPairs(job);
   const orders =
     job.parallel.schedule === "zero_bubble"
-      ? zeroBubble(m, stages)
+      ? zeroBubble(m, stages, chunks)
       : Array.from({ length: stages }, (_, stage) =>
           chunks > 1 ? interleaved(m, stages, chunks, stage, inPairs) : oneForwardOneBackward(m, stages, stage, inPairs),
         );
@@ -52,7 +52,7 @@ export function schedule(job: Scheduled, chunks: number): Schedule[] {
 
 const forward = (microbatch: number, chunk = 0): BlockRun => ({ kind: "forward", microbatch, chunk });
 const backward = (microbatch: number, chunk = 0): BlockRun => ({ kind: "backward", microbatch, chunk });
-const weights = (microbatch: number): BlockRun => ({ kind: "weights", microbatch, chunk: 0 });
+const weights = (microbatch: number, chunk = 0): BlockRun => ({ kind: "weights", microbatch, chunk });
 
 /** Returns `ahead` forwards, then one forward and one backward in turn, which may be a pair, then the remaining backwards. */
 const alternate = (forwards: readonly BlockRun[], backwards: readonly BlockRun[], ahead: number, inPairs: boolean): BlockRun[] => [
@@ -84,65 +84,108 @@ function groupsOf(m: number, stages: number): number[] {
   return Array.from({ length: groups }, (_, group) => Math.floor((m + groups - 1 - group) / groups));
 }
 
-/**
- * Returns the interleaved order of a stage. Each group of microbatches runs through chunk 0, chunk 1, and so on; backward in reverse.
- * The length of the warm-up follows from the first group, the largest.
- */
-function interleaved(m: number, stages: number, chunks: number, stage: number, inPairs: boolean): BlockRun[] {
-  const sizes = groupsOf(m, stages);
+/** A forward or backward of one microbatch through one chunk. */
+interface Visit {
+  readonly microbatch: number;
+  readonly chunk: number;
+}
+
+/** Returns the forwards of a stage: each group of microbatches runs through chunk 0, chunk 1, and so on. */
+function visitsOf(m: number, stages: number, chunks: number): Visit[] {
   let first = 0;
-  const all = sizes.flatMap((size) => {
+  return groupsOf(m, chunks > 1 ? stages : 1).flatMap((size) => {
     const from = first;
     first += size;
     return Array.from({ length: size * chunks }, (_, k) => ({ microbatch: from + (k % size), chunk: Math.floor(k / size) }));
   });
-  const ahead = Math.min(m * chunks, 2 * (stages - stage - 1) + (chunks - 1) * largest(sizes, (n) => n) + Number(inPairs));
+}
+
+/** Returns how many forwards a stage runs before it alternates. Over chunks the number follows from the first group, the largest. */
+const aheadOf = (m: number, stages: number, chunks: number, stage: number): number =>
+  chunks > 1 ? 2 * (stages - stage - 1) + (chunks - 1) * largest(groupsOf(m, stages), (n) => n) : stages - stage - 1;
+
+/** Returns the interleaved order of a stage. Backward passes the chunks in reverse. */
+function interleaved(m: number, stages: number, chunks: number, stage: number, inPairs: boolean): BlockRun[] {
+  const all = visitsOf(m, stages, chunks);
   return alternate(
     all.map((w) => forward(w.microbatch, w.chunk)),
     all.map((w) => backward(w.microbatch, chunks - 1 - w.chunk)),
-    ahead,
+    Math.min(m * chunks, aheadOf(m, stages, chunks, stage) + Number(inPairs)),
     inPairs,
   );
 }
 
+/** A stage of a simulated zero-bubble schedule: its order so far, and the times at which its forwards and backwards end. */
+interface ZeroBubbleStage {
+  readonly order: BlockRun[];
+  readonly ends: Map<string, number>;
+  forwards: number;
+  backwards: number;
+  weights: number;
+}
+
 /**
- * Returns the ZB-H1 order of every stage, by simulation with one unit of time per block. Stage s starts with stages - s forwards. Then
- * it repeats a backward, the weight gradients of the microbatch s before, and a forward. A stage without a ready backward computes
- * weight gradients.
+ * Returns the zero-bubble order of every stage, by simulation with one unit of time per block. A stage starts with one forward more than the
+ * schedule without separate weight gradients. Then it repeats a backward, the weight gradients of an earlier one, and a forward. A stage
+ * without a ready backward computes weight gradients. With one chunk a stage this is ZB-H1.
  */
-function zeroBubble(m: number, stages: number): BlockRun[][] {
-  const simulated = Array.from({ length: stages }, () => ({
-    order: [] as BlockRun[],
-    forwards: [] as number[],
-    backwards: [] as number[],
-    weights: 0,
-  }));
-  /** Returns whether block `i` has ended by time `now`. */
-  const hasEnded = (ends: readonly number[] | undefined, i: number, now: number): boolean => (ends?.[i] ?? Infinity) <= now;
-  for (let now = 0; simulated.some((p) => p.weights < m); now++)
+function zeroBubble(m: number, stages: number, chunks: number): BlockRun[][] {
+  const visits = visitsOf(m, stages, chunks);
+  const simulated = Array.from(
+    { length: stages },
+    (): ZeroBubbleStage => ({ order: [], ends: new Map(), forwards: 0, backwards: 0, weights: 0 }),
+  );
+  const key = ({ kind, microbatch, chunk }: BlockRun): string => `${kind} ${microbatch} ${chunk}`;
+  /** Returns whether a block of a virtual stage has ended by time `now`. */
+  const hasEnded = (run: BlockRun, virtual: number, now: number): boolean =>
+    (simulated[virtual % stages]?.ends.get(key({ ...run, chunk: Math.floor(virtual / stages) })) ?? Infinity) <= now;
+  for (let now = 0; simulated.some((p) => p.weights < visits.length); now++)
     for (const [s, own] of simulated.entries()) {
-      const [f, b, w] = [own.forwards.length, own.backwards.length, own.weights];
-      const last = own.order.at(-1)?.kind;
-      const canForward = f < m && f - b < stages - s && (s === 0 || hasEnded(simulated[s - 1]?.forwards, f, now));
-      const canBackward = b < m && hasEnded(own.forwards, b, now) && (s === stages - 1 || hasEnded(simulated[s + 1]?.backwards, b, now));
-      const due = b - w > s;
-      const next =
-        due && last === "backward" && f < m
-          ? "weights"
-          : canForward && last !== "forward"
-            ? "forward"
-            : canBackward
-              ? "backward"
-              : canForward
-                ? "forward"
-                : w < b
-                  ? "weights"
-                  : undefined;
-      if (next === "forward") own.order.push(forward(own.forwards.push(now + 1) - 1));
-      else if (next === "backward") own.order.push(backward(own.backwards.push(now + 1) - 1));
-      else if (next === "weights") own.order.push(weights(own.weights++));
+      const next = nextBlock(own, visits, chunks, {
+        inFlight: aheadOf(m, stages, chunks, s) + 1,
+        later: chunks > 1 ? 2 * s : s,
+        canForward: (run) => run.chunk + s === 0 || hasEnded(run, run.chunk * stages + s - 1, now),
+        canBackward: (run) => {
+          const virtual = run.chunk * stages + s;
+          const isLast = virtual === stages * chunks - 1;
+          return hasEnded({ ...run, kind: "forward" }, virtual, now) && (isLast || hasEnded(run, virtual + 1, now));
+        },
+      });
+      if (!next) continue;
+      own.order.push(next);
+      own.ends.set(key(next), now + 1);
+      own[counters[next.kind]]++;
     }
   return simulated.map((p) => p.order);
+}
+const counters = { forward: "forwards", backward: "backwards", weights: "weights" } as const;
+
+/** Limits of a stage, and what its neighbours have ended. */
+interface Readiness {
+  /** The most forwards without their backward. */
+  readonly inFlight: number;
+  /** The most backwards without their weight gradients while forwards remain. */
+  readonly later: number;
+  readonly canForward: (run: BlockRun) => boolean;
+  readonly canBackward: (run: BlockRun) => boolean;
+}
+
+/** Returns the block that a stage runs next; undefined if it waits. */
+function nextBlock(own: ZeroBubbleStage, visits: readonly Visit[], chunks: number, ready: Readiness): BlockRun | undefined {
+  const { forwards: f, backwards: b, weights: w } = own;
+  const last = own.order.at(-1)?.kind;
+  const at = (i: number, run: typeof forward, isReverse: boolean): BlockRun | undefined => {
+    const visit = visits[i];
+    return visit && run(visit.microbatch, isReverse ? chunks - 1 - visit.chunk : visit.chunk);
+  };
+  const [toForward, toBackward] = [at(f, forward, false), at(b, backward, true)];
+  const canForward = toForward && f - b < ready.inFlight && ready.canForward(toForward);
+  const canBackward = toBackward && ready.canBackward(toBackward);
+  const toWeights = w < b ? at(w, weights, true) : undefined;
+  if (b - w > ready.later && last === "backward" && toForward) return toWeights;
+  if (canForward && last !== "forward") return toForward;
+  if (canBackward) return toBackward;
+  return canForward ? toForward : toWeights;
 }
 
 /** Returns per chunk the largest number of microbatches in flight: from the forward of a microbatch to its last block. */

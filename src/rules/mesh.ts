@@ -296,24 +296,6 @@ export const mesh = [
     bad: "parallel: {virtual_pipeline: 2}",
   }),
   rule({
-    code: "P115",
-    title: "zero_bubble needs one chunk per stage",
-    why: "Interleaved chunks and separate weight gradients both fill the bubble, with orders that exclude each other. The order that combines them (ZB-V) needs a V-shaped placement of layers, which rankc does not support.",
-    level: "error",
-    *check(job) {
-      const { schedule, virtual_pipeline, layout, pipeline } = job.parallel;
-      if (schedule !== "zero_bubble" || pipeline === 1 || pipelineOf(job).chunks === 1) return;
-      yield {
-        at: "parallel.schedule",
-        related: [virtual_pipeline > 1 ? "parallel.virtual_pipeline" : "parallel.layout"],
-        found: `schedule zero_bubble with ${layout === null ? virtual_pipeline : pipelineOf(job).chunks} chunks a stage`,
-        fix: "use one of the two",
-        tries: [{ "parallel.schedule": "1f1b" }, { "parallel.virtual_pipeline": 1 }],
-      };
-    },
-    bad: "parallel: {world: 2, pipeline: 2, virtual_pipeline: 2, schedule: zero_bubble}\ntrain: {global_batch: 8}",
-  }),
-  rule({
     code: "P116",
     title: "optimizer_instances does not divide the data ranks",
     why: "Each group of neighbouring data ranks holds one sharded copy of the optimizer state, so both the dense and the expert data ranks must divide into that many equal groups. Megatron-LM reports a mismatch when it creates its groups.",

@@ -90,6 +90,10 @@ const meshes: Readonly<Record<string, Mesh>> = {
   },
   [eight]: { parallel: { world: 1 }, batch: 16, alone: eight },
   "pipeline 2, zero-bubble, 8 microbatches": { parallel: { ...pipeline, schedule: "zero_bubble" }, batch: 16, alone: eight, goal: 0.9 },
+  "pipeline 2, two chunks, zero-bubble, 8 microbatches": {
+    parallel: { ...pipeline, virtual_pipeline: 2, schedule: "zero_bubble" },
+    ...{ batch: 16, alone: eight, goal: 0.9 },
+  },
   "pipeline 2, two chunks, 8 microbatches": { parallel: { ...pipeline, virtual_pipeline: 2 }, batch: 16, alone: eight, goal: 0.9 },
   "pipeline 2, 8 microbatches": { parallel: pipeline, batch: 16, alone: eight },
   "data 2, 8 microbatches, overlap": { parallel: { ...data, ...buckets }, batch: 32, alone: eight, goal: 0.95 },

@@ -164,6 +164,18 @@ const meshes = {
   "tensor 2 with sequence": { world: 2, tensor: 2, sequence: true },
   "two stages with weight gradients of their own": { world: 2, pipeline: 2, schedule: "zero_bubble" },
 };
+
+test("with weight gradients of their own, backward returns the output of swiglu for them: no gradient of swiglu is apart from its product", () => {
+  const counts = changes(jobWith(moe, meshes["two stages with weight gradients of their own"]));
+  expect(Object.fromEntries(Object.entries(counts).filter(([op]) => /swiglu/.test(op)))).toMatchInlineSnapshot(`
+    {
+      "grouped_dgrad_swiglu": 2,
+      "grouped_gemm_swiglu": 2,
+      "swiglu_rows": -2,
+      "swiglu_rows_grad": -2,
+    }
+  `);
+});
 describe.each(Object.entries(meshes))("%s", (_, parallel) => {
   test.each([
     ["dense", { qk_norm: "head" }],

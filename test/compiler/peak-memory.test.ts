@@ -37,6 +37,7 @@ const jobs: readonly (readonly [string, object, object, object])[] = [
     {},
   ],
   ["zero bubble", { layers: 24, ...moe() }, { world: 4, pipeline: 4, schedule: "zero_bubble" }, {}],
+  ["zero bubble in chunks", { layers: 24, ...moe() }, { world: 2, pipeline: 2, virtual_pipeline: 2, schedule: "zero_bubble" }, {}],
   [
     "tied embeddings and dropout in chunks",
     { layers: 16, tie_embeddings: true, dropout: { hidden: 0.1, attention: 0.1 } },

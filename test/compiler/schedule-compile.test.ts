@@ -39,7 +39,7 @@ test.each(each(4).flatMap((stages) => each(4).map((chunks) => [stages, chunks] a
     // what a block waits for is the same without a layer: its output is passed on
     const parallel = { world: stages, pipeline: stages, layout: `Et${"|".repeat(stages * chunks - 1)}L` };
     verifyAll(jobWith({ layers: 1 }, parallel), each(16));
-    if (chunks === 1 && stages > 1) verifyAll(jobWith({ layers: 1 }, { ...parallel, schedule: "zero_bubble" }), each(16));
+    if (stages > 1) verifyAll(jobWith({ layers: 1 }, { ...parallel, schedule: "zero_bubble" }), each(16));
   },
 );
 
@@ -69,7 +69,7 @@ const layouts = fc
       model: { layers, tie_embeddings, mtp: ahead > 0 ? { layers: ahead } : null },
       parallel: {
         ...{ world: stages, pipeline: stages, layout: parts.join("|") },
-        ...(zero_bubble && chunks === 1 && stages > 1 ? { schedule: "zero_bubble" } : {}),
+        ...(zero_bubble && stages > 1 ? { schedule: "zero_bubble" } : {}),
       },
       microbatches,
     };

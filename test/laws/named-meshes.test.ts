@@ -70,6 +70,7 @@ describe("on named meshes", () => {
   const schedules: [Parallel, object?, object?][] = [
     [{ world: 2, pipeline: 2, virtual_pipeline: 2 }],
     [{ world: 4, pipeline: 4, schedule: "zero_bubble" }],
+    [{ world: 4, pipeline: 2, virtual_pipeline: 2, schedule: "zero_bubble", expert: 2, distributed_optimizer: true }],
     [{ world: 8, pipeline: 2, virtual_pipeline: 2, tensor: 2, sequence: true, expert: 2, distributed_optimizer: true }],
     [
       {

@@ -76,8 +76,8 @@ const cases: Readonly<Record<string, readonly [parallel: object, model?: object,
     { gradient_reduction: "bf16" },
   ],
   "gradients that are sent in bf16, a pipeline without bubbles": [
-    { world: 8, pipeline: 2, schedule: "zero_bubble", distributed_optimizer: true },
-    {},
+    { world: 8, pipeline: 2, virtual_pipeline: 2, schedule: "zero_bubble", distributed_optimizer: true },
+    { layers: 4 },
     { gradient_reduction: "bf16" },
   ],
   "parameters that are gathered in forward, bf16": [

@@ -56,6 +56,14 @@ describe("bubbles, of units where a forward is one", () => {
         expect(bubbleOf(played(p, m, 1, "zero_bubble").pieces)).toBeCloseTo((p - 1) / (3 * m + p - 1), 12);
       }),
     ));
+  test("zero-bubble over v chunks: a v-th of that, where groups of microbatches are full", () =>
+    fc.assert(
+      fc.property(sizes, fc.integer({ min: 2, max: 4 }), ({ stages: p, microbatches: groups }, v) => {
+        fc.pre(p > 1 && groups <= 6);
+        const m = p * groups;
+        expect(bubbleOf(played(p, m, v, "zero_bubble").pieces)).toBeCloseTo((p - 1) / (3 * v * m + p - 1), 12);
+      }),
+    ));
   // a pair takes as long as its blocks, and a microbatch passes a stage later by a pair on its way there and back
   test("pairs: that of 1F1B, where there are microbatches enough", () =>
     fc.assert(
@@ -90,8 +98,7 @@ test("a pair is a forward and the backward of an earlier microbatch; all runs bu
 test("every block runs once, in the order of microbatches, without deadlock", () => {
   const each = (n: number) => Array.from({ length: n }, (_, i) => i);
   const forms: readonly (readonly [Kind, number])[] = [
-    ["zero_bubble", 1],
-    ...(["1f1b", "pairs"] as const).flatMap((kind) => [1, 2, 3].map((v) => [kind, v] as const)),
+    ...(["1f1b", "zero_bubble", "pairs"] as const).flatMap((kind) => [1, 2, 3].map((v) => [kind, v] as const)),
   ];
   const cases = each(6).flatMap((p) => each(16).flatMap((m) => forms.map((form) => [p + 1, m + 1, form] as const)));
   for (const [stages, microbatches, [kind, v]] of cases) {
@@ -131,6 +138,15 @@ describe("microbatches in flight", () => {
   test("zero-bubble: no stage more than the first one under 1F1B", () => {
     for (const copies of inFlight(4, 16, 1, "zero_bubble").flat()) expect(copies).toBeLessThanOrEqual(4);
   });
+  test("zero-bubble over chunks: no chunk more than on the first stage of the interleaved schedule", () =>
+    fc.assert(
+      fc.property(sizes, fc.integer({ min: 2, max: 4 }), ({ stages: p, microbatches: m }, v) => {
+        fc.pre(p > 1);
+        const most = inFlight(p, m, v, "1f1b")[0] ?? [];
+        for (const copies of inFlight(p, m, v, "zero_bubble"))
+          for (const [c, n] of copies.entries()) expect(n).toBeLessThanOrEqual(most[c] ?? 0);
+      }),
+    ));
   test("interleaved: earlier chunks hold more", () =>
     expect(inFlight(2, 8, 2, "1f1b")).toEqual(
       [

@@ -121,7 +121,13 @@ export const anyJob = (labelsFile: string) =>
         order: oneOf("tp-cp-ep-dp-pp", "tp-cp-ep-pp-dp"),
       }),
       // what asks for stages, or for a shared state, is taken where there is one
-      stages: oneOf({}, { virtual_pipeline: 2 }, { schedule: "zero_bubble" }, ...Object.keys(layouts).map((layout) => ({ layout }))),
+      stages: oneOf(
+        {},
+        { virtual_pipeline: 2 },
+        { schedule: "zero_bubble" },
+        { virtual_pipeline: 2, schedule: "zero_bubble" },
+        ...Object.keys(layouts).map((layout) => ({ layout })),
+      ),
       // of chunks, an odd number of microbatches
       odd: fc.boolean(),
       optimizer_instances: power(1),
