@@ -5,7 +5,7 @@ import type { DocumentBorder } from "../../runtime/data/prepare/documents.ts";
 import type { InspectedDataset } from "../../runtime/data/prepare/inspect.ts";
 import type { PrepareProgress } from "../../runtime/data/prepare/prepare.ts";
 import { printable } from "../../schemas/printable.ts";
-import { bytesText, plural } from "../units.ts";
+import { bytesText, countText, plural } from "../units.ts";
 import { atLeastOne, type CommonOptions, type ProcessExit, withExamples, withFormat } from "./options.ts";
 import { endProgress, printJson, printProgress, printStderr, printStdout, progressInterval } from "./output.ts";
 import { duration } from "./progress.ts";
@@ -129,8 +129,8 @@ function datasetText({ prefix, documents, tokens, bytes, dtype, lengths, descrip
   const { least, median, mean, p90, most } = lengths;
   return [
     row("data set", prefix),
-    row("documents", documents.toLocaleString("en-US")),
-    row("tokens", `${tokens.toLocaleString("en-US")} as ${dtype}, ${bytesText(bytes)}`),
+    row("documents", countText(documents)),
+    row("tokens", `${countText(tokens)} as ${dtype}, ${bytesText(bytes)}`),
     row("lengths", `least ${least}, median ${median}, mean ${mean.toFixed(1)}, 90 % up to ${p90}, most ${most}`),
     ...(description
       ? [

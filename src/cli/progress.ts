@@ -1,7 +1,7 @@
 /** Progress lines and metrics lines of a run. */
 import { type StartupSeconds, startupParts } from "../../schemas/startup.ts";
 import type { EvaluationResult, StepResult } from "../../schemas/stepResult.ts";
-import { plural } from "../units.ts";
+import { countText, plural } from "../units.ts";
 import type { SaveSeconds } from "./runSaves.ts";
 
 /** Formats a step as a progress line. `of`: the last step; `pace`: mean seconds per step. */
@@ -23,7 +23,7 @@ export function progressLine(report: StepResult, of: number, pace: number): stri
     ...(report.dropped_rows === undefined ? [] : [`dropped rows ${report.dropped_rows}`]),
     ...(report.labels === 0 ? ["no labels"] : []),
     ...(report.nonfinite ? [`skipped: ${report.nonfinite}`] : []),
-    `${Math.round(report.tokens / report.seconds).toLocaleString("en-US")} tokens/s`,
+    `${countText(Math.round(report.tokens / report.seconds))} tokens/s`,
     left > 0 ? `${duration(left)} left` : "done",
   ];
   return fields.join("  ");

@@ -320,7 +320,7 @@ export function printMemory(programs: readonly Program[], memory: readonly Memor
       .filter((kind) => kind !== "scratch" || parts.scratch > 0)
       .map((kind) => `${memoryNames[kind]} ${kind === "activation" ? copies : parts[kind]}`);
     lines.push(`stage ${m.stage}: peak ${m.peak} bytes = ${terms.join(" + ")}`);
-    for (const b of [...p.buffers].sort((x, y) => x.kind.localeCompare(y.kind) || offset(x) - offset(y)))
+    for (const b of [...p.buffers].sort((x, y) => (x.kind === y.kind ? offset(x) - offset(y) : x.kind < y.kind ? -1 : 1)))
       lines.push(
         `  ${b.kind.padEnd(10)} ${String(offset(b)).padStart(12)} ${String(sizeOf(b)).padStart(12)}  ${b.dtype}[${b.shape}]  ${b.id}`,
       );

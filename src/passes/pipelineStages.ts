@@ -5,6 +5,7 @@
 import type { Job } from "../../schemas/job.ts";
 import { headAt } from "../model/positions.ts";
 import { invariant } from "../ops/op.ts";
+import { countText } from "../units.ts";
 
 /** Stages, chunks of each stage, and the virtual stage of each position. */
 export interface Pipeline {
@@ -77,7 +78,7 @@ export function layersOf({ of }: Pipeline, { model }: Pick<Job, "model">, v: num
 
 /** The largest number of letters of a layout after its repetitions are expanded, far more than the 4,096 layers that a model may have. */
 const LONGEST = 1e6;
-const TOO_LONG = `repetitions make the layout longer than ${LONGEST.toLocaleString("en-US")} letters`;
+const TOO_LONG = `repetitions make the layout longer than ${countText(LONGEST)} letters`;
 
 /**
  * Parses a pipeline layout in the notation of Megatron Core, `Et*3|(tt|)*29,m|L`. E is the embedding, t a layer, m a layer of

@@ -221,6 +221,22 @@ test("only the command line prints and ends the process; the watchdog of a block
   expect(found.filter((use) => !isAllowed(use))).toEqual([]);
 });
 
+test("only listed places use the locales of V8, which take 10 ms to load", () => {
+  const locales = uses((node, file) =>
+    (ts.isPropertyAccessExpression(node) && /^(toLocale\w*|localeCompare)$/.test(node.name.text)) ||
+    (ts.isIdentifier(node) && node.text === "Intl")
+      ? node.getText(file)
+      : undefined,
+  );
+  const isPage = (use: string): boolean => /^(src\/page|runtime\/browser)\//.test(use);
+  expect(locales.filter((use) => !isPage(use))).toEqual([
+    "src/units.ts: n.toLocaleString",
+    "runtime/cuda/checks.ts: addends.toLocaleString",
+    "runtime/cuda/libraries.ts: b.localeCompare",
+    "runtime/data/tokenizers/characterMap.ts: Intl",
+  ]);
+});
+
 test("only listed files touch the file system", () => {
   const touches = (to: string): boolean => /^(node:)?fs(\/|$)/.test(to);
   expect(offences((from, to) => touches(to) && !touchFiles.has(from))).toEqual([]);

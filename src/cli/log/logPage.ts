@@ -62,7 +62,7 @@ function row(run: LoggedRun, i: number): string {
     `${countText(step)} of ${text(run.about.steps)}`,
     show("lm loss", (x) => x.toFixed(4)),
     show("lm loss validation", (x) => x.toFixed(4)),
-    show("tokens/s", (x) => Math.round(x).toLocaleString("en-US")),
+    show("tokens/s", (x) => countText(Math.round(x))),
     show(lastOf(run, "mem-allocated-bytes") ? "mem-allocated-bytes" : "mem-planned-bytes", bytesText),
     show("moe/max over mean load", (x) => x.toFixed(2)),
   ];
