@@ -32,30 +32,37 @@ import { registerSearch } from "./search.ts";
 import { registerServe } from "./serve.ts";
 import { registerView } from "./view.ts";
 
-/** The commands, in the order of the help text. */
-const commands: readonly ((program: Command, exit: ProcessExit) => void)[] = [
-  registerInit,
-  registerCheck,
-  registerCompile,
-  registerInspect,
-  registerDiff,
-  registerView,
-  registerSearch,
-  registerRun,
-  registerEval,
-  registerData,
-  registerPack,
-  registerServe,
-  registerExplain,
-  registerExamples,
-  registerImport,
-  registerExport,
-  registerGit,
-  registerCalibrate,
-  registerDoctor,
-  registerSchema,
-  registerLsp,
-];
+/** The commands by name, in the order of the help text. */
+const commands: Readonly<Record<string, (program: Command, exit: ProcessExit) => void>> = {
+  init: registerInit,
+  check: registerCheck,
+  compile: registerCompile,
+  inspect: registerInspect,
+  diff: registerDiff,
+  view: registerView,
+  search: registerSearch,
+  run: registerRun,
+  eval: registerEval,
+  data: registerData,
+  pack: registerPack,
+  serve: registerServe,
+  explain: registerExplain,
+  examples: registerExamples,
+  import: registerImport,
+  export: registerExport,
+  "git-setup": registerGit,
+  "git-driver": registerGit,
+  calibrate: registerCalibrate,
+  doctor: registerDoctor,
+  schema: registerSchema,
+  lsp: registerLsp,
+};
+
+/** Returns what registers the command that arguments name; of all commands, which takes 7 ms, if they name none. */
+function namedBy([name = ""]: readonly string[]): Iterable<(typeof commands)[string]> {
+  const one = Object.hasOwn(commands, name) ? commands[name] : undefined;
+  return one ? [one] : new Set(Object.values(commands));
+}
 
 /** Runs one command with these arguments: those after the name of the program. Prints errors; throws none. */
 export async function runCommandLine(args: readonly string[], exit: ProcessExit): Promise<void> {
@@ -65,7 +72,7 @@ export async function runCommandLine(args: readonly string[], exit: ProcessExit)
     .exitOverride()
     .configureOutput({ outputError: (text, write) => write(parserError(text)) })
     .showSuggestionAfterError();
-  for (const register of commands) register(program, exit);
+  for (const register of namedBy(args)) register(program, exit);
   await program.parseAsync(args, { from: "user" }).catch((error: unknown) => exit.setCode(codeOf(error)));
 }
 

@@ -2,6 +2,7 @@
 import { isDeepStrictEqual } from "node:util";
 import { Document, isCollection, isMap, isPair, isScalar, type YAMLMap } from "yaml";
 import { completeJob, JobText } from "../../schemas/job.ts";
+import { schemaPath } from "./schemaPath.ts";
 
 /** A key of the job with its comment. */
 export interface CommentedKey {
@@ -20,8 +21,6 @@ export interface WrittenJob {
   readonly kept: readonly CommentedKey[];
 }
 
-/** The path of the JSON Schema in a folder that `rankc examples` or `rankc init` wrote to. */
-export const schemaPath = "schemas/job.schema.json";
 const sections = ["name", "model", "parallel", "train", "data", "cluster"];
 
 /** Keys whose default depends on another key: they stay, so that a change of the other one does not change them. */

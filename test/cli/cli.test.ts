@@ -193,6 +193,16 @@ describe.concurrent("the command line", () => {
     expect(exit).toBe(130);
   });
 
+  test("a command alone and among all others has the same help; each that the help lists is a name of the table", async () => {
+    const { out: all } = await rankc("--help");
+    const names = [...all.slice(all.indexOf("Commands:")).matchAll(/^ {2}([a-z][a-z-]*)/gm)].map(([, name = ""]) => name);
+    expect(names.length).toBeGreaterThan(20);
+    // "rankc help NAME" registers every command
+    for (const name of names.filter((name) => name !== "help"))
+      expect((await rankc(name, "--help")).out, name).toBe((await rankc("help", name)).out);
+    expect((await rankc("git-driver")).err).toContain("the argument <what> is missing");
+  });
+
   test("help shows examples and exits with 0", async () => {
     const { exit, out } = await rankc("compile", "--help");
     expect(exit).toBe(0);

@@ -202,6 +202,29 @@ test("no import cycle", () => {
   expect(cycles).toEqual([]);
 });
 
+test("a command line is parsed before the schemas and the YAML library are loaded, and before those know that they are interpreted", () => {
+  const isLoaded = (node: ts.Node): node is ts.ImportDeclaration =>
+    ts.isImportDeclaration(node) &&
+    node.importClause?.phaseModifier !== ts.SyntaxKind.TypeKeyword &&
+    !(
+      node.importClause?.namedBindings &&
+      ts.isNamedImports(node.importClause.namedBindings) &&
+      node.importClause.namedBindings.elements.every((element) => element.isTypeOnly)
+    );
+  const loaded = new Set<string>();
+  const load = (path: string): void => {
+    if (loaded.has(path)) return;
+    loaded.add(path);
+    for (const node of nodes.get(path)?.all.filter(isLoaded) ?? []) {
+      const name = ts.isStringLiteral(node.moduleSpecifier) ? node.moduleSpecifier.text : "";
+      load(name.startsWith(".") ? join(dirname(path), name) : name);
+    }
+  };
+  load("src/cli/main.ts");
+  expect([...loaded].filter((path) => files.has(path)).length).toBeGreaterThan(30);
+  expect([...loaded].filter((path) => !files.has(path) && !path.startsWith("node:")).sort()).toEqual(["commander", "leven"]);
+});
+
 /** The watchdog thread kills a process whose main thread is blocked in NCCL or CUDA. Signal 0 tests whether the owner of a lock still runs. */
 const exceptions = [
   "src/cli/initPrompts.ts: process.stderr", // where questions are asked
