@@ -7,15 +7,16 @@
 import { writesOf } from "../schemas/effects.ts";
 import { expertLayersOf, hasExperts } from "../schemas/experts.ts";
 import type { Job } from "../schemas/job.ts";
-import type { Program } from "../schemas/plan.ts";
+import type { Memory, Program } from "../schemas/plan.ts";
 import { instructionsOf } from "../schemas/program.ts";
 import { type MemoryBreakdown, memoryBreakdown, memoryKinds } from "./analysis/memoryBreakdown.ts";
 import { generateKernels } from "./codegen/generateKernels.ts";
+import { type Fusion, fusionsOf } from "./codegen/targetNames.ts";
 import type { Target } from "./codegen/targets.ts";
 import { headAt } from "./model/positions.ts";
 import { fuseFor } from "./passes/fuse.ts";
 import { lower } from "./passes/lower.ts";
-import { aligned, forwardWorkspace, planMemory } from "./passes/memory.ts";
+import { aligned, forwardWorkspace, planMemory, scratchBound } from "./passes/memory.ts";
 import { buildMesh, type Mesh } from "./passes/mesh.ts";
 import { overlap } from "./passes/overlap.ts";
 import { chunkOfVirtual, type Pipeline, pipelineOf, runsInPairs, stageOfVirtual } from "./passes/pipelineStages.ts";
@@ -62,8 +63,35 @@ interface ChunkMemory {
   readonly inputs: ReadonlyMap<string, number>;
 }
 
+/** What of a target the memory depends on. */
+interface KernelMemory {
+  readonly fuses?: readonly Fusion[];
+  /** Returns the programs as the plan has them, with their memory. */
+  readonly plan: (programs: Program[], mesh: Mesh) => readonly { readonly program: Program; readonly memory: Memory }[];
+}
+
 /** Returns the memory breakdown of a rank of each stage, in bytes, as the plan for `target` would state it. */
-export function memoryOfStages(job: Job, target: Target): MemoryBreakdown[] {
+export const memoryOfStages = (job: Job, target: Target): MemoryBreakdown[] =>
+  stagesWith(job, {
+    ...target,
+    plan: (lowered, mesh) => {
+      const { programs, kernels } = target.name === "cpu" ? { programs: lowered, kernels: [] } : generateKernels(lowered, mesh, target);
+      return programs.map((program) => ({ program, memory: planMemory(program, kernels) }));
+    },
+  });
+
+/**
+ * Returns an upper bound of the memory breakdown of a rank of each stage, in bytes, for a target that is not loaded. The scratch is a bound, all other
+ * parts are exact. To generate the kernels takes a tenth of a check.
+ */
+export const memoryBoundOfStages = (job: Job, target: string): MemoryBreakdown[] =>
+  stagesWith(job, {
+    fuses: fusionsOf(target),
+    plan: (programs) =>
+      programs.map((program) => ({ program, memory: { ...planMemory(program), scratch: target === "cpu" ? 0 : scratchBound(program) } })),
+  });
+
+function stagesWith(job: Job, target: KernelMemory): MemoryBreakdown[] {
   const pipeline = pipelineOf(job);
   const all = chunkPositions(job, pipeline);
   const exact = kindsOf(job, all);
@@ -186,7 +214,7 @@ function longest(
 }
 
 /** Compiles all distinct chunks as the stages of one pipeline, and once more per stretch with one repetition more. */
-function memoryOfKinds(job: Job, kinds: readonly ChunkKind[], target: Target): ChunkMemory[] {
+function memoryOfKinds(job: Job, kinds: readonly ChunkKind[], target: KernelMemory): ChunkMemory[] {
   const base = compiled(
     job,
     kinds.map(({ places }) => places),
@@ -219,7 +247,7 @@ function lengthened({ places, stretches }: ChunkKind, n: number): readonly Model
 }
 
 /** Compiles chunks as the stages of one pipeline and returns their memory. */
-function compiled(job: Job, chunks: readonly (readonly ModelPosition[])[], target: Target): ChunkMemory[] {
+function compiled(job: Job, chunks: readonly (readonly ModelPosition[])[], target: KernelMemory): ChunkMemory[] {
   const all = chunks.flat();
   const layers = all.filter(({ letter }) => letter === "t");
   const { model, parallel } = job;
@@ -236,12 +264,11 @@ function compiled(job: Job, chunks: readonly (readonly ModelPosition[])[], targe
   };
   const mesh = buildMesh(small);
   const programs = overlap(small, mesh, fuseFor(target, lowered(small, mesh)));
-  const made = target.name === "cpu" ? { programs, kernels: [] } : generateKernels(programs, mesh, target);
-  return made.programs.map((program) => chunkMemory(program, planMemory(program, made.kernels), expertLayersOf(model)));
+  return target.plan(programs, mesh).map(({ program, memory }) => chunkMemory(program, memory, expertLayersOf(model)));
 }
 
 /** Splits the memory of a compiled stage into its own part and the part that chunks of one stage share. */
-function chunkMemory(program: Program, memory: ReturnType<typeof planMemory>, expertLayers: number): ChunkMemory {
+function chunkMemory(program: Program, memory: Memory, expertLayers: number): ChunkMemory {
   const { buffers, inputs: filled } = program;
   const shared = new Map<string, { kind: "parameter" | "gradient" | "optimizer"; bytes: number }>();
   const own = { ...memoryBreakdown(program, memory) };

@@ -88,7 +88,7 @@ export function knownPeaks(target: string | undefined): KnownPeaks {
       const found = recall(nameOf(job));
       const isPeak = typeof found === "object" && found !== null && "bytes" in found && "who" in found;
       return isPeak && typeof found.bytes === "number" && typeof found.who === "string"
-        ? { bytes: found.bytes, who: found.who }
+        ? { bytes: found.bytes, who: found.who, ...("isBound" in found && { isBound: true as const }) }
         : undefined;
     },
     set: (job, peak) => remember(nameOf(job), peak),

@@ -42,14 +42,15 @@ export async function readJobText(text: string, path: string, { set, overlay }: 
     import("../frontend/readJob.ts"),
     import("./cache.ts"),
   ]);
+  const named = target !== undefined && targetNames.includes(target) ? target : undefined;
   const load = async () => {
     const { loadDeviceTargets, loadTarget } = await import("../codegen/targets.ts");
-    if (target === undefined || !targetNames.includes(target)) return loadDeviceTargets();
-    const loaded = await loadTarget(target);
+    if (named === undefined) return loadDeviceTargets();
+    const loaded = await loadTarget(named);
     return () => loaded;
   };
   const chooseAuto: ChooseAuto = async (request) => (await import("./resolveAuto.ts")).resolveAuto(request);
-  return readJobWith({ load, known: knownPeaks(target), chooseAuto }, text, path, set, jobFiles(overlay));
+  return readJobWith({ load, target: named, known: knownPeaks(target), chooseAuto }, text, path, set, jobFiles(overlay));
 }
 
 /** Compiles a job for a target (default: cpu), or takes the plan that the cache has, and prints its findings. `needsPasses`: compile in any case, for `emit`. Throws InvalidJob, or a Trouble if the file cannot be read. */

@@ -29,6 +29,12 @@ export type Fusion = (typeof fusions)[number];
 /** Returns the architecture of a CUDA target, whose kernels nvcc can compile with the plan; undefined for other targets. */
 export const cudaArchOf = (target: string): Arch | undefined => archs.find((arch) => target === `cuda:${arch}`);
 
+/** Returns the fusions of a target by its name, without loading it. */
+export function fusionsOf(target: string): Fusion[] {
+  const arch = cudaArchOf(target);
+  return arch ? cudaFusions(arch) : [];
+}
+
 /** Replaces `webgpu` by the smallest profile that supports the precision of the job; returns other targets unchanged. */
 export const targetFor = (target: string, { train }: Pick<Job, "train">): string =>
   target === "webgpu" && train.precision === "fp16" ? "webgpu:f16" : target;

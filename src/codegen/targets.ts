@@ -8,7 +8,7 @@ import { wgslFeature } from "../../schemas/dtypes.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import { withoutText } from "../../templates/fill.ts";
 import type { GeneratedKernel, KernelSpec } from "./kernelSpec.ts";
-import { cudaFusions, type Fusion, profiles, targetNames } from "./targetNames.ts";
+import { type Fusion, fusionsOf, profiles, targetNames } from "./targetNames.ts";
 
 /** A backend with a profile or an architecture. */
 export interface Target {
@@ -59,7 +59,7 @@ export async function loadTarget(text: string): Promise<Target> {
         suffix: "cu",
         writesFirst: true,
         ...(arch === "sm_90a" && { dividesGrids: true as const }),
-        fuses: cudaFusions(arch),
+        fuses: fusionsOf(text),
         generate: (spec) => cudaKernels[spec.op](spec, arch),
         weights: weightsKernel,
       };

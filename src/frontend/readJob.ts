@@ -4,7 +4,7 @@ import { completeJob, type Job, JobText } from "../../schemas/job.ts";
 import type { Target } from "../codegen/targets.ts";
 import { idleEntries } from "../rules/allow.ts";
 import { findingsOfMemory, jobFindings } from "../rules/index.ts";
-import { needsPrograms, type Peak } from "../rules/memory.ts";
+import { needsPrograms, type Peak, type PeakOf } from "../rules/memory.ts";
 import { type AutoChoice, autoFinding, autoKeysIn, autoRequest, type ChooseAuto, withoutAuto, withValues } from "./auto.ts";
 import { type Finding, hasErrors } from "./diagnostic.ts";
 import { type JobFiles, readSource } from "./jobFiles.ts";
@@ -27,43 +27,70 @@ export interface KnownPeaks {
   set(job: Job, peak: Peak): void;
 }
 
-/** A job needs a peak that is not known. */
+/** A job needs a peak that is not known, or is known as a bound that does not suffice. */
 class UnknownPeak extends Error {}
+
+const unknownPeak = (): never => {
+  throw new UnknownPeak();
+};
+
+/** Returns the result; undefined if it needs an unknown peak. */
+function unlessUnknown<T>(make: () => T): T | undefined {
+  try {
+    return make();
+  } catch (error) {
+    if (error instanceof UnknownPeak) return undefined;
+    throw error;
+  }
+}
 
 /** What `readJobWith` needs of those that call it. */
 export interface JobReaders {
   /** Loads the kernel generators. */
   readonly load: () => Promise<(device: Device) => Target>;
+  /** The name of the target that `load` returns for all devices; without it, each device has its own. */
+  readonly target?: string | undefined;
   readonly known?: KnownPeaks | undefined;
   readonly chooseAuto: ChooseAuto;
 }
 
-/** Reads a job and applies all rules. The compiler and the kernel generators are loaded only if the job needs peaks that are not known. */
-export async function readJobWith({ load, known, chooseAuto }: JobReaders, ...of: Parameters<typeof readQuickly>): Promise<JobRead> {
+/**
+ * Reads a job and applies all rules. The compiler is loaded only if the job needs peaks that are not known, and the kernel generators only if upper
+ * bounds of these peaks do not suffice.
+ */
+export async function readJobWith(
+  { load, target, known, chooseAuto }: JobReaders,
+  ...of: Parameters<typeof readQuickly>
+): Promise<JobRead> {
   const read = await resolved(readQuickly(...of), chooseAuto);
   const { job, source } = read;
   if (!job || !needsPrograms(job)) return read;
-  const judged = (peakOf: (job: Job) => Peak): JobRead => ({
+  const judged = (peakOf: PeakOf): JobRead => ({
     ...read,
     findings: [...read.findings, ...findingsOfMemory(job, source, peakOf)],
   });
-  const recall = (of: Job): Peak => {
+  /** Returns a known peak; a bound only if it suffices. */
+  const recalled = (of: Job, room = 0): Peak | undefined => {
     const peak = known?.get(of);
-    if (!peak) throw new UnknownPeak();
+    return peak && (!peak.isBound || peak.bytes <= room) ? peak : undefined;
+  };
+  const kept = (of: Job, peak: Peak): Peak => {
+    known?.set(of, peak);
     return peak;
   };
-  try {
-    return judged(recall);
-  } catch (error) {
-    if (!(error instanceof UnknownPeak)) throw error;
-  }
-  const [targetOf, { peakOf }] = await Promise.all([load(), import("../rules/all.ts")]);
-  return judged((of) => {
-    const recalled = known?.get(of);
-    const peak = recalled ?? peakOf(of, targetOf(of.cluster.device));
-    if (!recalled) known?.set(of, peak);
-    return peak;
-  });
+  const fromKnown = unlessUnknown(() => judged((of, room) => recalled(of, room) ?? unknownPeak()));
+  if (fromKnown) return fromKnown;
+  const { peakBound, peakOf } = await import("../rules/all.ts");
+  const bounded = (of: Job, room: number): Peak => {
+    const bound = peakBound(of, target);
+    return bound.bytes <= room ? kept(of, bound) : unknownPeak();
+  };
+  const fromBounds = unlessUnknown(() =>
+    judged((of, room) => recalled(of, room) ?? (room === undefined ? unknownPeak() : bounded(of, room))),
+  );
+  if (fromBounds) return fromBounds;
+  const targetOf = await load();
+  return judged((of, room) => recalled(of, room) ?? kept(of, peakOf(of, targetOf(of.cluster.device))));
 }
 
 /** Returns the job with the values that are chosen in place of `auto`. */

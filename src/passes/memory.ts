@@ -148,6 +148,25 @@ export function scratchOf(program: Program, kernels: readonly Kernel[]): number 
   return Math.ceil(most / ALIGN) * ALIGN;
 }
 
+/** Bytes of scratch that a kernel may need whatever its operands: sums of parts, one for each multiprocessor. */
+const SCRATCH_OF_PARTS = 32 * 2 ** 20;
+
+/** Returns an upper bound of `scratchOf` for every target: no kernel has more scratch than twice its operands, beside sums of parts. */
+export function scratchBound(program: Program): number {
+  const byId = new BufferTable(program.buffers);
+  let most = 0;
+  for (const { instructions } of blocksOf(program))
+    for (const i of instructions) {
+      if (i.kind !== "compute") continue;
+      const ids = [...Object.values(i.reads), ...Object.values(i.writes)];
+      most = Math.max(
+        most,
+        ids.reduce((sum, id) => sum + sizeOf(byId.get(id)), 0),
+      );
+    }
+  return Math.ceil((SCRATCH_OF_PARTS + 2 * most) / ALIGN) * ALIGN;
+}
+
 /** The tables of a program that each of its timelines reads. */
 interface Tables {
   readonly byId: BufferTable;

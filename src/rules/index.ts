@@ -4,7 +4,7 @@ import type { Changes, Finding, Related } from "../frontend/diagnostic.ts";
 import { setText } from "../frontend/diagnostic.ts";
 import { copy, deletePath, isObject, type Source, setPath, valueAt } from "../frontend/source.ts";
 import { jobRules } from "./jobRules.ts";
-import { memoryRule, type Peak } from "./memory.ts";
+import { memoryRule, type PeakOf } from "./memory.ts";
 import type { JobPath, Rule, RuleResult } from "./rule.ts";
 
 /** The smallest valid job, into which the example of each rule is merged. */
@@ -33,7 +33,7 @@ export function jobFindings(job: Job, source: Source): Finding[] {
 }
 
 /** Returns the findings of the memory rule for a job without errors. `peakOf` returns the highest peak of a job. */
-export const findingsOfMemory = (job: Job, source: Source, peakOf: (job: Job) => Peak): Finding[] =>
+export const findingsOfMemory = (job: Job, source: Source, peakOf: PeakOf): Finding[] =>
   allowedAmong(source, findingsOf(memoryRule(peakOf), job, source, { left: WORK, taken: {}, cured: new Set() }));
 
 /** Returns the findings without the warnings that the job allows. */

@@ -13,7 +13,12 @@ const inOneProcess = ({ cluster }: Job): boolean => deviceOf(cluster.device).lin
 export interface Peak {
   readonly bytes: number;
   readonly who: string;
+  /** The bytes are an upper bound. */
+  readonly isBound?: true;
 }
+
+/** Returns the highest peak of a job. With `room`, the caller asks whether it is at most so many bytes: the peak may then be an upper bound that is. */
+export type PeakOf = (job: Job, room?: number) => Peak;
 
 /** Returns the highest peak of the stages of a job. On the CPU one process holds all ranks. */
 export function highestPeak(job: Job, stages: readonly MemoryBreakdown[]): Peak {
@@ -79,16 +84,21 @@ function changes({ parallel: p, model }: Job): readonly (readonly [number, Try])
   ];
 }
 
-/** Returns the rule. `peakOf` returns the highest peak of a job; it is called once per job. */
-export function memoryRule(peakOf: (job: Job) => Peak): Rule {
+/** Returns the rule. `peakOf` is called once per job, and once more if the first peak is a bound and the exact one is needed. */
+export function memoryRule(peakOf: PeakOf): Rule {
   const peaks = new Map<string, Peak>();
-  const peak = (job: Job): Peak => {
+  const peak: PeakOf = (job, room) => {
     const key = JSON.stringify(job);
-    const known = peaks.get(key) ?? peakOf(job);
-    peaks.set(key, known);
-    return known;
+    const known = peaks.get(key);
+    if (known && (!known.isBound || room !== undefined)) return known;
+    const found = peakOf(job, room);
+    peaks.set(key, found);
+    return found;
   };
-  const fits = (job: Job): boolean => !needsPrograms(job) || peak(job).bytes <= devices[job.cluster.device].memory;
+  const fits = (job: Job): boolean => {
+    const { memory } = devices[job.cluster.device];
+    return !needsPrograms(job) || peak(job, memory).bytes <= memory;
+  };
   return rule({
     code: "C510",
     title: "the plan does not fit the device",

@@ -1,14 +1,18 @@
 /** The memory that rule C510 judges is that of the plan, to the byte, though equal chunks and layers are compiled once. */
-import { readFileSync } from "node:fs";
+import { readdirSync, readFileSync } from "node:fs";
 import Handlebars from "handlebars";
 import { expect, test, vi } from "vitest";
+import type { Job } from "../../schemas/job.ts";
 import { memoryBreakdown } from "../../src/analysis/memoryBreakdown.ts";
-import { cpu, loadDeviceTargets, loadTarget } from "../../src/codegen/targets.ts";
+import { cpu, loadDeviceTargets, loadTarget, type Target } from "../../src/codegen/targets.ts";
 import { compile } from "../../src/compile.ts";
 import { readJobWith } from "../../src/frontend/readJob.ts";
 import { readJob } from "../../src/frontend/readJobNow.ts";
-import { memoryOfStages } from "../../src/peakMemory.ts";
+import { memoryBoundOfStages, memoryOfStages } from "../../src/peakMemory.ts";
+import { peakOf } from "../../src/rules/all.ts";
+import type { Peak } from "../../src/rules/memory.ts";
 import { bytesText } from "../../src/units.ts";
+import { withoutText } from "../../templates/fill.ts";
 import { jobOf } from "../support/job.ts";
 import { byTier, full } from "../support/tiers.ts";
 
@@ -107,6 +111,67 @@ test("for a recipe whose worst case does not fit, the rule states the memory wit
     "1.5 for 1.5 times the balanced load: a step with more rows ends the run with an error, and no row is dropped",
   );
   expect(found?.set).toMatchObject({ "model.moe.rows_bound": 1.5 });
+});
+
+const plans = readdirSync(new URL("../../plans", import.meta.url));
+for (const { options, rows } of byTier(
+  plans.map((name) => [name] as const),
+  ([name]) => ["mixtral-8x7b-16gpu", "tiny-mla"].includes(name),
+))
+  test.each(rows)(
+    "the bound of the memory of %s differs in scratch only, which is never below that of the kernels",
+    options,
+    async (name) => {
+      const { job: of } = readJob(published(name), "job.yaml");
+      for (const target of ["cuda:sm_90a", "cuda:sm_80", "webgpu:f16", "cpu"]) {
+        const exact = memoryOfStages(of!, await lenient(target));
+        const bound = memoryBoundOfStages(of!, target);
+        expect(bound.map((stage, s) => ({ ...stage, scratch: exact[s]!.scratch }))).toEqual(exact);
+        for (const [s, { scratch }] of exact.entries()) expect(bound[s]!.scratch, target).toBeGreaterThanOrEqual(scratch);
+      }
+    },
+  );
+/** Returns a target whose kernels that it cannot generate have no scratch. */
+async function lenient(name: string): Promise<Target> {
+  const { weights: _, ...target } = await loadTarget(name);
+  const generate = (...of: Parameters<Target["generate"]>) => {
+    try {
+      return withoutText(() => target.generate(...of));
+    } catch {
+      return undefined;
+    }
+  };
+  return { ...target, generate };
+}
+
+test("a job that surely fits is judged by the bound, without kernels; a later check of the same job takes it; the stated peak is exact", async () => {
+  const known = new Map<string, Peak>();
+  const loads: string[] = [];
+  const asked = {
+    ...readers,
+    load: () => {
+      loads.push("kernels");
+      return loadDeviceTargets();
+    },
+    known: { get: (of: Job) => known.get(JSON.stringify(of)), set: (of: Job, peak: Peak) => void known.set(JSON.stringify(of), peak) },
+  };
+  const text = published("mixtral-8x7b-16gpu");
+  for (const run of [1, 2]) {
+    const { findings } = await readJobWith(asked, text, "job.yaml", []);
+    expect(
+      findings.filter(({ code }) => code === "C510"),
+      `${run}`,
+    ).toEqual([]);
+    expect([...known.values()].map(({ isBound }) => isBound)).toEqual([true]);
+    expect(loads).toEqual([]);
+  }
+  const tooLong = ["model.seq=65536", "model.max_positions=65536"];
+  const large = await readJobWith(asked, text, "job.yaml", tooLong);
+  expect(loads).toEqual(["kernels"]);
+  const { job: of } = large;
+  const exact = peakOf(of!, await loadTarget("cuda:sm_80"));
+  expect(large.findings.find(({ code }) => code === "C510")?.found).toContain(bytesText(exact.bytes));
+  expect(known.get(JSON.stringify(of))).toEqual(exact);
 });
 
 test("checking a job fills no template of a kernel in", async () => {
