@@ -21,8 +21,7 @@ export const fusions = ["statistics", "sums", "norm_sums", "heads", "activations
  * Returns those of a CUDA target (test/results/cuda-fusion-2026-11-30.md). Products with a formula and pairs of products have kernels of their own
  * on Hopper alone; elsewhere they are several launches.
  */
-const cudaFusions = (arch: Arch): Fusion[] =>
-  fusions.filter((name) => arch === "sm_90a" || (name !== "epilogues" && name !== "twins"));
+const cudaFusions = (arch: Arch): Fusion[] => fusions.filter((name) => arch === "sm_90a" || (name !== "epilogues" && name !== "twins"));
 /** The name of a fusion. */
 export type Fusion = (typeof fusions)[number];
 
