@@ -26,7 +26,7 @@ export function registerSearch(program: Command): void {
       .option("--profile <file>", "a device profile, by name or file (default: that of the device)")
       .option(
         "--fix <key=value>",
-        "keep a key: tensor, pipeline, virtual_pipeline, context, expert, expert_tensor, micro_batch, recompute (repeatable)",
+        "keep a key: tensor, pipeline, virtual_pipeline, context, expert, expert_tensor, micro_batch, recompute, dispatch, expert_overlap, schedule, gradient_bucket, rows_bound; job: as the file has it (repeatable)",
         given,
         [],
       )
@@ -50,7 +50,7 @@ function gibibytes(text: string): number {
 }
 
 function given(text: string, all: readonly string[]): string[] {
-  if (!/^[a-z_]+=[a-z0-9]+$/.test(text)) throw new InvalidArgumentError("Write KEY=VALUE, for example tensor=1.");
+  if (!/^[a-z_]+=[a-z0-9_.]+$/.test(text)) throw new InvalidArgumentError("Write KEY=VALUE, for example tensor=1.");
   return [...all, text];
 }
 

@@ -5,7 +5,7 @@ import { autoKeysIn, withoutAuto } from "../frontend/auto.ts";
 import { hasErrors } from "../frontend/diagnostic.ts";
 import { readSource } from "../frontend/jobFiles.ts";
 import { readQuickly } from "../frontend/readJob.ts";
-import { type FixedKeys, type RecomputeChoice, recomputeChoices, type SearchedKey, searchedKeys } from "../search/choice.ts";
+import { type FixedKeys, recomputeChoices, type SearchedKey, type SideKey, searchedKeys, sideChoices, sideKeys } from "../search/choice.ts";
 import { fixedBut } from "../search/chooseAuto.ts";
 import { jobFiles } from "./jobFiles.ts";
 import { InvalidJob, jobTextAt, printFindings } from "./loadPlan.ts";
@@ -56,7 +56,7 @@ export async function loadSearchJob(path: string, { set, overlay, gpus, device }
 
 /** Parses the values of `--fix`. Throws a Trouble if a key or a value is unknown. */
 export function fixedKeys(texts: readonly string[]): FixedKeys {
-  const fixed: Partial<Record<SearchedKey, number | RecomputeChoice>> = {};
+  const fixed: Partial<Record<SearchedKey, number | string>> = {};
   for (const text of texts) {
     const [name = "", value = ""] = text.split("=");
     const key = searchedKeys.find((known) => known === name);
@@ -66,8 +66,24 @@ export function fixedKeys(texts: readonly string[]): FixedKeys {
     if (key === "recompute") {
       if (mode === undefined) throw new Trouble(`--fix ${text}: unknown value`, `write one of ${recomputeChoices.join(", ")}`);
       fixed.recompute = mode;
-    } else if (/^[1-9]\d{0,5}$/.test(value)) fixed[key] = Number(value);
+    } else if (isSideKey(key)) fixed[key] = sideValue(key, value);
+    else if (/^[1-9]\d{0,5}$/.test(value)) fixed[key] = Number(value);
     else throw new Trouble(`--fix ${text}: ${value} is not a number from 1 to 999,999`, `write ${key}=N`);
   }
-  return fixed;
+  // each value has been checked against those of its key
+  return fixed as FixedKeys;
+}
+
+const isSideKey = (key: SearchedKey): key is SideKey => sideKeys.some((side) => side === key);
+
+/** Parses the value of a key beside the mesh. Throws a Trouble if the key has no such value. */
+function sideValue(key: SideKey, value: string): number | string {
+  const words: readonly (string | number)[] = sideChoices[key];
+  if (value === "job" || words.includes(value)) return value;
+  const isNumber = key === "rows_bound" || key === "gradient_bucket";
+  if (isNumber && /^\d{1,6}(\.\d{1,3})?$/.test(value) && Number(value) >= 1) return Number(value);
+  throw new Trouble(
+    `--fix ${key}=${value}: unknown value`,
+    `write ${["job", ...words.filter((word) => typeof word === "string"), ...(isNumber ? ["a number from 1"] : [])].join(", ")}`,
+  );
 }

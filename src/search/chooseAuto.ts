@@ -1,10 +1,10 @@
 /** Chooses the values of the keys that a job leaves as `auto`: the fastest choice of a search in which all other keys are given. */
 import type { DeviceProfile } from "../../schemas/deviceProfile.ts";
-import { autoKeys } from "../../schemas/job/autoKeys.ts";
+import { type AutoKey, autoKeys, autoNames } from "../../schemas/job/autoKeys.ts";
 import type { Target } from "../codegen/targets.ts";
 import type { AutoChoice, AutoProblem, AutoRequest } from "../frontend/auto.ts";
 import { bytesText } from "../units.ts";
-import { type FixedKeys, jobWith, searchedKeys } from "./choice.ts";
+import { asInJob, type FixedKeys, jobWith } from "./choice.ts";
 import { search } from "./search.ts";
 
 /** What the choice needs beside the job. */
@@ -48,8 +48,10 @@ export function chooseAuto({ job, keys, writes }: AutoRequest, { profile, ...set
 }
 
 /** Returns the values that a job has for all keys that a search decides, but for some. */
-export const fixedBut = (job: AutoRequest["job"], keys: AutoRequest["keys"]): FixedKeys =>
-  Object.fromEntries(searchedKeys.filter((key) => !keys.includes(key)).map((key) => [key, givenValue(job, key)]));
+export const fixedBut = (job: AutoRequest["job"], keys: AutoRequest["keys"]): FixedKeys => ({
+  ...Object.fromEntries(autoNames.filter((key) => !keys.includes(key)).map((key) => [key, givenValue(job, key)])),
+  ...asInJob,
+});
 
-const givenValue = ({ parallel, train }: AutoRequest["job"], key: (typeof searchedKeys)[number]) =>
+const givenValue = ({ parallel, train }: AutoRequest["job"], key: AutoKey) =>
   key === "micro_batch" ? train.micro_batch : key === "recompute" ? "job" : parallel[key];

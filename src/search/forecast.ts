@@ -60,6 +60,17 @@ export const forecast = (base: ForecastBase, choice: JobChoice): Forecast => ({
   bytes: memoryForecast(jobWith(base.job, choice)),
 });
 
+/** Returns whether exchanges of rows run beside the kernels of another microbatch. */
+const isInterleaved = ({ parallel }: Job, { expert_overlap: own, expert }: JobChoice): boolean =>
+  expert > 1 && (own === "job" ? parallel.expert_overlap : own) === "interleave";
+
+/** Returns the seconds of kernels and exchanges, one after the other or, with what each loses to the other, beside each other. */
+function beside(kernels: number, exchanges: number, overlap?: DeviceProfile["overlap"]): number {
+  if (!overlap) return kernels + exchanges;
+  const longer = exchanges * overlap.collective_factor;
+  return Math.max(longer, kernels + overlap.slowdown * Math.min(kernels, longer));
+}
+
 /** Forecasts the seconds of a step of a choice. */
 export function forecastSeconds(base: ForecastBase, choice: JobChoice): number {
   const { job, profile, flops, assumed } = base;
@@ -87,8 +98,9 @@ export function forecastSeconds(base: ForecastBase, choice: JobChoice): number {
 
   const dense = tokens * tensor * model.hidden * bytes;
   const ofTensor = (expert_tensor > 1 || !model.moe ? 8 : 4) * collectiveSeconds(links, "all_gather", dense, topology(tensor, 1));
-  const copies = model.moe && assumed.sendsPerNode ? { experts: model.moe.top_k, rows: rowsSent(model.moe, expert) } : undefined;
-  const sent = model.moe ? tokens * rowsSent(model.moe, expert) * width * bytes : 0;
+  const moe = model.moe && choice.dispatch !== "job" ? { ...model.moe, dispatch: choice.dispatch } : model.moe;
+  const copies = moe && assumed.sendsPerNode ? { experts: moe.top_k, rows: rowsSent(moe, expert) } : undefined;
+  const sent = moe ? tokens * rowsSent(moe, expert) * width * bytes : 0;
   const exchange = collectiveSeconds(links, "all_to_all", sent, topology(expert, expert_tensor), copies);
   const gathered = sent * expert_tensor;
   const ofExperts = 4 * exchange + 4 * collectiveSeconds(links, "all_gather", gathered, topology(expert_tensor, 1));
@@ -96,8 +108,12 @@ export function forecastSeconds(base: ForecastBase, choice: JobChoice): number {
   const ring = context > 1 ? 1.5 * collectiveSeconds(links, "all_gather", (keys * context) / tensor, topology(context, tensor)) : 0;
   const send =
     pipeline > 1 ? 2 * chunks * transferSeconds(links, tokens * model.hidden * bytes, world / pipeline >= cluster.gpus_per_node) : 0;
+  const twice = recompute === "full" ? 1.4 : 1;
+  const exchanged = layers * shown("experts") * ofExperts * twice;
   const micro =
-    compute + layers * (shown("tensor") * ofTensor + shown("experts") * ofExperts + ring) * (recompute === "full" ? 1.4 : 1) + send;
+    beside(compute, exchanged, isInterleaved(job, choice) ? overlap : undefined) +
+    layers * (shown("tensor") * ofTensor + ring) * twice +
+    send;
 
   const [ownShared, ownRouted] = [base.shared / (tensor * pipeline), base.routed / (expert * expert_tensor * pipeline)];
   const [replicas, expertReplicas] = [data * context, world / (pipeline * expert * expert_tensor)];

@@ -1,7 +1,7 @@
 /** How the best choice of a search differs from the job as its file has it: one change after another, with what each saves and why. */
 import type { Job } from "../../schemas/job.ts";
 import { peakOf } from "../rules/all.ts";
-import { type JobChoice, jobWith, type KeptKeys, type SearchedKey, searchedKeys } from "./choice.ts";
+import { asInJob, type JobChoice, jobWith, type KeptKeys, type SearchedKey, searchedKeys } from "./choice.ts";
 import { estimateJob, type JobEstimateOptions } from "./estimateJob.ts";
 import { type ForecastBase, forecast, nodesOf } from "./forecast.ts";
 import { firstError, type TimedPlan, timedPlan } from "./timedPlan.ts";
@@ -40,6 +40,7 @@ export const choiceOfJob = ({ parallel: p, train }: Job): JobChoice => ({
     micro_batch: train.micro_batch,
     recompute: train.recompute.mode === "none" ? "none" : "job",
   },
+  ...asInJob,
 });
 
 /** Changes below this share of a step are not told. */

@@ -9,9 +9,9 @@ import type { Assumptions } from "../analysis/estimate/timedBlocks.ts";
 import type { GeneratedKernel } from "../codegen/kernelSpec.ts";
 import { cpu, type Target } from "../codegen/targets.ts";
 import { peakOf } from "../rules/all.ts";
-import { choicesOf, type FixedKeys, type JobChoice, jobWith, type KeptKeys, searchedKeys } from "./choice.ts";
-import { estimateJob } from "./estimateJob.ts";
-import { forecast, forecastBase } from "./forecast.ts";
+import { choicesOf, type FixedKeys, type JobChoice, jobWith, type KeptKeys, searchedKeys, variantsOf, withLowerBound } from "./choice.ts";
+import { estimateJob, type JobEstimateOptions } from "./estimateJob.ts";
+import { type Forecast, type ForecastBase, forecast, forecastBase } from "./forecast.ts";
 import { type ChangeStep, choiceOfJob, stepsFrom } from "./fromWritten.ts";
 import { firstError, type TimedPlan, timedPlan } from "./timedPlan.ts";
 import { type Conflict, conflictOf } from "./waysOut.ts";
@@ -85,6 +85,8 @@ const GIB = 2 ** 30;
  */
 const reserveOf = (ranks: number): number => (ranks === 1 ? 0.75 * GIB : 3.5 * GIB);
 
+/** Of the plans, those with other values of the keys beside the mesh. */
+const VARIANTS = 6;
 /** Choices of one mesh that are compiled at most: their forecasts differ little. */
 const PER_MESH = 3;
 /** A forecast of memory may be too high by this factor. */
@@ -109,48 +111,35 @@ export function search(
   const { reserve = reserveOf(job.parallel.world) } = more;
   const memory = deviceOf(job.cluster.device).memory - reserve;
   const base = forecastBase(job, profile, assumed);
-  const all = [...choicesOf(job, fixed)].map((choice) => ({ choice, ...forecast(base, choice) }));
+  const all = [...choicesOf(job, fixed)].map((choice) => {
+    const own = { choice, ...forecast(base, choice) };
+    const lower = own.bytes > DOUBT * memory ? withLowerBound(job, choice, fixed) : undefined;
+    return lower ? { choice: lower, seconds: own.seconds, bytes: forecast(base, lower).bytes } : own;
+  });
   const fitting = all.filter(({ bytes }) => bytes <= DOUBT * memory);
-  const ruledOut = new Map<string, number>();
-  const count = (reason: string, n = 1): void => void ruledOut.set(reason, (ruledOut.get(reason) ?? 0) + n);
-  if (fitting.length < all.length) count("memory", all.length - fitting.length);
+  const judge = new Judge(job, { ...options, fixed, given, memory, report: (line) => onProgress?.(line), plans });
+  const { judged, tooLarge, ratios, sizes } = judge;
+  if (fitting.length < all.length) judge.count("memory", all.length - fitting.length);
 
-  const judged: Candidate[] = [];
-  const tooLarge: TooLarge[] = [];
-  const ratios: number[] = [];
-  const sizes = new ExactSizes();
   const perMesh = new Map<string, number>();
   // where nothing fits, the choices with the least memory show how much is missing
   const order = fitting.length > 0 ? fitting.sort((a, b) => a.seconds - b.seconds) : all.sort((a, b) => a.bytes - b.bytes);
   // the job as written is judged first, so that nothing slower is called the best
   const first = written && matching(order, choiceOfJob(written));
-  for (const { choice, seconds, bytes } of first ? [first, ...order.filter((o) => o !== first)] : order) {
-    if (judged.length >= plans || tooLarge.length >= MOST_TOO_LARGE || isDone(judged, ratios, seconds)) break;
+  const variants = Math.min(VARIANTS, Math.floor(plans / 3));
+  for (const one of first ? [first, ...order.filter((o) => o !== first)] : order) {
+    const { choice, seconds, bytes } = one;
+    if (judged.length >= plans - variants || tooLarge.length >= MOST_TOO_LARGE || isDone(judged, ratios, seconds)) break;
     const mesh = meshKey(choice);
     if ((perMesh.get(mesh) ?? 0) >= PER_MESH) continue;
     // exact sizes correct the forecasts of the choices that follow
     if (fitting.length > 0 && bytes * sizes.correction(choice) * CLOSE > memory) {
-      count("memory");
+      judge.count("memory");
       continue;
     }
-    const candidate = jobWith(job, choice, given);
-    const broken = firstError(candidate);
-    if (broken !== undefined) {
-      count(broken);
-      continue;
-    }
-    perMesh.set(mesh, (perMesh.get(mesh) ?? 0) + 1);
-    const { bytes: peak } = peakOf(candidate, target);
-    sizes.add(choice, peak / bytes);
-    if (peak > memory) tooLarge.push({ choice, peak });
-    else {
-      const isWritten = choice === first?.choice && { isWritten: true as const };
-      const result = { choice, ...timedPlan(estimateJob(candidate, options), peak), ...isWritten };
-      judged.push(result);
-      ratios.push(result.seconds / seconds);
-    }
-    onProgress?.(`${judged.length} of at most ${plans} plans, ${tooLarge.length} too large, best ${bestText(judged)}`);
+    if (judge.judge(choice, one, choice === first?.choice)) perMesh.set(mesh, (perMesh.get(mesh) ?? 0) + 1);
   }
+  judge.judgeVariants(base);
   const best = judged.sort((a, b) => a.seconds - b.seconds);
   const [winner] = best;
   const own =
@@ -162,8 +151,92 @@ export function search(
     ...(isBeaten && { fromWritten: stepsFrom(written, own, winner.choice, { ...options, base, given }) }),
     ...{ choices: all.length, memory, reserve },
     ...(!winner && { conflict: conflictOf(job, { profile, target, fixed, given, memory }) }),
-    ruledOut: [...ruledOut].map(([reason, choices]) => ({ reason, choices })).sort((a, b) => b.choices - a.choices),
+    ruledOut: judge.ruledOut(),
   };
+}
+
+/** What judges of choices need. */
+interface JudgeSettings extends JobEstimateOptions {
+  readonly fixed: FixedKeys;
+  readonly given: KeptKeys;
+  /** Bytes that a plan may take. */
+  readonly memory: number;
+  readonly plans: number;
+  readonly report: (line: string) => void;
+}
+
+/** Judges choices by rules, exact memory and the estimate of the compiled plan. */
+class Judge {
+  readonly judged: Candidate[] = [];
+  readonly tooLarge: TooLarge[] = [];
+  /** Estimated over forecast seconds. */
+  readonly ratios: number[] = [];
+  readonly sizes = new ExactSizes();
+  readonly #ruledOut = new Map<string, number>();
+  readonly #job: Job;
+  readonly #settings: JudgeSettings;
+
+  constructor(job: Job, settings: JudgeSettings) {
+    this.#job = job;
+    this.#settings = settings;
+  }
+
+  /** Counts choices that are not compiled. */
+  count(reason: string, n = 1): void {
+    this.#ruledOut.set(reason, (this.#ruledOut.get(reason) ?? 0) + n);
+  }
+
+  ruledOut(): RuledOut[] {
+    return [...this.#ruledOut].map(([reason, choices]) => ({ reason, choices })).sort((a, b) => b.choices - a.choices);
+  }
+
+  /** Judges a choice; one that does not fit once more with a lower bound of rows. Returns false if a rule excludes it. */
+  judge(choice: JobChoice, { seconds, bytes }: Forecast, isWritten = false): boolean {
+    const { given, target, memory, fixed, plans, report, ...options } = this.#settings;
+    const candidate = jobWith(this.#job, choice, given);
+    const broken = firstError(candidate);
+    if (broken !== undefined) {
+      this.count(broken);
+      return false;
+    }
+    const { bytes: peak } = peakOf(candidate, target);
+    this.sizes.add(choice, peak / bytes);
+    const lower = peak > memory ? withLowerBound(this.#job, choice, fixed) : undefined;
+    if (lower) return this.judge(lower, { seconds, bytes });
+    if (peak > memory) this.tooLarge.push({ choice, peak });
+    else {
+      const result = { choice, ...timedPlan(estimateJob(candidate, { ...options, target }), peak), ...(isWritten && { isWritten }) };
+      this.judged.push(result);
+      this.ratios.push(result.seconds / seconds);
+    }
+    report(`${this.judged.length} of at most ${plans} plans, ${this.tooLarge.length} too large, best ${bestText(this.judged)}`);
+    return true;
+  }
+
+  /** Judges the best choice, and then the best of another mesh, with other values of the keys beside the mesh; a value that helps is kept for those after it. */
+  judgeVariants(base: ForecastBase): void {
+    const { fixed, plans } = this.#settings;
+    const known = new Set(this.judged.map(({ choice }) => JSON.stringify(choice)));
+    const meshes = new Set<string>();
+    const fastest = (): Candidate[] => this.judged.toSorted((a, b) => a.seconds - b.seconds);
+    for (;;) {
+      const start = fastest().find(({ choice }) => !meshes.has(meshKey(choice)));
+      if (!start) return;
+      meshes.add(meshKey(start.choice));
+      let at = start;
+      for (const { key, value } of variantsOf(this.#job, start.choice, fixed)) {
+        if (this.judged.length >= plans) return;
+        const choice = { ...at.choice, [key]: value };
+        const text = JSON.stringify(choice);
+        if (known.has(text)) continue;
+        known.add(text);
+        const before = this.judged.length;
+        this.judge(choice, forecast(base, choice));
+        const found = this.judged[before];
+        if (found && found.seconds < at.seconds) at = found;
+      }
+    }
+  }
 }
 
 /** Returns the choice of a list that equals another. */
@@ -198,8 +271,8 @@ class ExactSizes {
     return known.length >= FEW ? median(known) : 0;
   }
 
-  #keyOf({ recompute, micro_batch, pipeline, tensor }: JobChoice): string {
-    return [recompute, micro_batch, pipeline > 1, tensor > 1].join();
+  #keyOf({ recompute, micro_batch, pipeline, tensor, dispatch, expert_overlap }: JobChoice): string {
+    return [recompute, micro_batch, pipeline > 1, tensor > 1, dispatch, expert_overlap].join();
   }
 }
 

@@ -2,8 +2,7 @@
 import type { Job } from "../../schemas/job.ts";
 import { bold, type Column, fitTable, wrap } from "../report/textLayout.ts";
 import { bytesText, countText, plural, rateText, secondsText } from "../units.ts";
-import { type FixedKeys, settingsOf } from "./choice.ts";
-import type { ChoiceChange } from "./fromWritten.ts";
+import { type FixedKeys, type JobChoice, settingsOf } from "./choice.ts";
 import { alternativesOf, type Candidate, frontOf, type SearchResult, type TooLarge } from "./search.ts";
 
 const columns: readonly Column[] = [
@@ -19,7 +18,29 @@ const columns: readonly Column[] = [
   { head: "tokens/s", right: true, drop: 1 },
   { head: "a GPU", right: true, drop: 2 },
   { head: "memory", right: true },
+  { head: "also" },
 ];
+
+/** Returns the table of choices that fits a width; without the keys beside the mesh where all are as in the job. */
+function tableOf(choices: readonly TooLarge[], rowsOf: readonly (readonly string[])[], width: number): string[] {
+  const hasSides = choices.some(({ choice }) => sidesText(choice) !== "");
+  const shown = hasSides ? columns : columns.slice(0, -1);
+  return fitTable(
+    shown,
+    rowsOf.map((row) => row.slice(0, shown.length)),
+    { width },
+  );
+}
+
+/** Returns the keys beside the mesh that a choice has otherwise than the job. */
+function sidesText({ dispatch, expert_overlap, schedule, gradient_bucket, rows_bound }: JobChoice): string {
+  const named = { dispatch, overlap: expert_overlap, schedule, bucket: gradient_bucket, rows: rows_bound };
+  const isClear = (value: string): boolean => ["once", "all_to_all", "interleave", "shared", "zero_bubble", "1f1b"].includes(value);
+  return Object.entries(named)
+    .filter(([, value]) => value !== "job")
+    .map(([name, value]) => (isClear(`${value}`) ? `${value}` : `${name} ${value}`))
+    .join(", ");
+}
 
 const degreesOf = ({ choice: c }: TooLarge): string[] => [
   ...[c.tensor, c.pipeline, c.virtual_pipeline, c.context, c.expert, c.expert_tensor, c.micro_batch].map(String),
@@ -31,8 +52,9 @@ const rowOf = (candidate: Candidate): string[] => [
   countText(Math.round(candidate.tokens_per_second)),
   rateText(candidate.model_flops_per_second),
   bytesText(candidate.peak),
+  sidesText(candidate.choice),
 ];
-const sizesOf = (choice: TooLarge): string[] => [...degreesOf(choice), "", "", "", bytesText(choice.peak)];
+const sizesOf = (choice: TooLarge): string[] => [...degreesOf(choice), "", "", "", bytesText(choice.peak), sidesText(choice.choice)];
 
 /** Returns the report of a search: the best choices, why the first wins, the front of memory and time, and what was ruled out. */
 export function printSearch(
@@ -47,7 +69,7 @@ export function printSearch(
   if (!winner) lines.push(...nothingFits(result, fixed, width));
   else
     lines.push(
-      ...fitTable(columns, best.slice(0, top).map(rowOf), { width }),
+      ...tableOf(best.slice(0, top), best.slice(0, top).map(rowOf), width),
       ...(written ? [`  as written: ${secondsText(written.seconds)}, ${bytesText(written.peak)}`] : []),
       ...whyLines(best, width),
       ...writtenLines(result, width),
@@ -70,10 +92,12 @@ export function printSearch(
   return lines;
 }
 
+const valueText = (value: number | string): string => (value === "job" ? "as written" : `${value}`);
+
 function whyLines(best: readonly Candidate[], width: number): string[] {
   const lines = alternativesOf(best).map(({ key, value, instead, saved, part }) => {
     const reason = part.saved > 0 ? `, ${secondsText(part.saved)} more of ${part.name}` : "";
-    return `  ${key} ${value}: with ${instead} the best takes ${secondsText(saved)} more${reason}`;
+    return `  ${key} ${valueText(value)}: with ${valueText(instead)} the best takes ${secondsText(saved)} more${reason}`;
   });
   return lines.length === 0 ? [] : ["", bold("why the first"), ...lines.flatMap((line) => wrap(line, width, "    "))];
 }
@@ -81,11 +105,9 @@ function whyLines(best: readonly Candidate[], width: number): string[] {
 /** Says what leads from the job as written to the best choice, one change after another. */
 function writtenLines({ written, fromWritten = [] }: SearchResult, width: number): string[] {
   if (!written || fromWritten.length === 0) return [];
-  const text = (key: ChoiceChange["key"], value: ChoiceChange["from"]): string =>
-    key === "recompute" && value === "job" ? "as written" : `${value}`;
   const lines = fromWritten.map(({ changes, seconds, saved, peak, part, reason }) => {
     const what =
-      changes.map(({ key, from, to }) => `${key} ${text(key, from)} -> ${text(key, to)}`).join(", ") || "layout and sequence as above";
+      changes.map(({ key, from, to }) => `${key} ${valueText(from)} -> ${valueText(to)}`).join(", ") || "layout and sequence as above";
     const change = `${secondsText(Math.abs(saved))} ${saved >= 0 ? "less" : "more"}`;
     const why = [
       ...(Math.abs(part.saved) > 0 ? [`${secondsText(Math.abs(part.saved))} ${part.saved >= 0 ? "less" : "more"} of ${part.name}`] : []),
@@ -99,7 +121,7 @@ function writtenLines({ written, fromWritten = [] }: SearchResult, width: number
 function frontLines(best: readonly Candidate[], width: number): string[] {
   const front = frontOf(best);
   if (front.length < 2) return [];
-  return ["", bold("less memory for more time"), ...fitTable(columns, front.map(rowOf), { width })];
+  return ["", bold("less memory for more time"), ...tableOf(front, front.map(rowOf), width)];
 }
 
 /** Says how much memory is missing, which given keys conflict, and what would fit. */
@@ -111,7 +133,7 @@ function nothingFits({ choices, tooLarge, memory, reserve, conflict }: SearchRes
       ? "no choice exists: degrees must divide the ranks and the heads, experts and the batch; stages need layers"
       : "no choice is valid; the rules that exclude them are below";
   const lines = wrap(`  ${least ? `nothing fits: ${lack}` : invalid}`, width, "  ");
-  if (least) lines.push(...fitTable(columns, tooLarge.slice(0, 3).map(sizesOf), { width }));
+  if (least) lines.push(...tableOf(tooLarge.slice(0, 3), tooLarge.slice(0, 3).map(sizesOf), width));
   const textOf = (key: keyof FixedKeys): string => `--fix ${key}=${fixed[key]}`;
   const { keys = [], waysOut = [] } = conflict ?? {};
   if (keys.length > 0)

@@ -5,7 +5,7 @@
  */
 import { packageProfile } from "../../src/analysis/estimate/profiles.ts";
 import { loadDeviceTargets } from "../../src/codegen/targets.ts";
-import type { JobChoice } from "../../src/search/choice.ts";
+import { asInJob, type JobChoice, sideKeys } from "../../src/search/choice.ts";
 import { alternativesOf, search } from "../../src/search/search.ts";
 import { secondsText } from "../../src/units.ts";
 import { jobOfRow, readTable, stackOfRow } from "./estimateRows.ts";
@@ -15,8 +15,11 @@ const isOfStack = process.argv.includes("--stack");
 const asked = process.argv.slice(2).filter((word) => word !== "--stack");
 const ids = asked.length > 0 ? asked : published;
 
-const degrees = ({ tensor, pipeline, virtual_pipeline, context, expert, expert_tensor, micro_batch, recompute }: JobChoice): string =>
-  `${tensor} ${pipeline} ${virtual_pipeline} ${context} ${expert} ${expert_tensor} ${micro_batch} ${recompute}`;
+const degrees = (choice: JobChoice): string => {
+  const { tensor, pipeline, virtual_pipeline, context, expert, expert_tensor, micro_batch, recompute } = choice;
+  const sides = sideKeys.flatMap((key) => (choice[key] === "job" ? [] : [`, ${key} ${choice[key]}`]));
+  return `${tensor} ${pipeline} ${virtual_pipeline} ${context} ${expert} ${expert_tensor} ${micro_batch} ${recompute}${sides.join("")}`;
+};
 
 const less = (seconds: number): string => `${secondsText(Math.abs(seconds))} ${seconds >= 0 ? "less" : "more"}`;
 
@@ -31,7 +34,16 @@ for (const id of ids) {
   if (!profile) throw new Error(`${written.cluster.device} has no profile`);
   const began = process.cpuUsage();
   const target = targetOf(written.cluster.device);
-  const result = search(written, { profile, target, written, assumed, onProgress: (line) => process.stderr.write(`${id}: ${line}\n`) });
+  // other software decides by itself how rows are sent and what runs beside them: `assumed` says so
+  const fixed = isOfStack ? asInJob : {};
+  const result = search(written, {
+    profile,
+    target,
+    written,
+    assumed,
+    fixed,
+    onProgress: (line) => process.stderr.write(`${id}: ${line}\n`),
+  });
   const { user, system } = process.cpuUsage(began);
   const [best] = result.best;
   if (!best || !result.written) throw new Error(`${id}: ${best ? "the published configuration has errors" : "nothing fits"}`);

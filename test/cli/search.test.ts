@@ -1,12 +1,13 @@
 /** `rankc search`: the fastest choice that fits, which rules allow, and the error if none fits. */
 import { expect, test } from "vitest";
+import { deviceOf } from "../../schemas/devices.ts";
 import { estimate } from "../../src/analysis/estimate/estimate.ts";
 import { packageProfile } from "../../src/analysis/estimate/profiles.ts";
 import { compile } from "../../src/compile.ts";
 import { readJob } from "../../src/frontend/readJobNow.ts";
 import { textWidth } from "../../src/report/textLayout.ts";
 import { peakOf } from "../../src/rules/all.ts";
-import { choicesOf, jobWith, settingsOf } from "../../src/search/choice.ts";
+import { asInJob, choicesOf, jobWith, settingsOf, variantsOf } from "../../src/search/choice.ts";
 import { alternativesOf, frontOf, search } from "../../src/search/search.ts";
 import { printSearch } from "../../src/search/searchText.ts";
 import { jobOf } from "../support/job.ts";
@@ -27,8 +28,12 @@ if (!profile) throw new Error("there is no profile of the H100");
 
 test("the first choice is the fastest of all that rules allow, and what it prints compiles to the same step", () => {
   // few enough to compile all of them
-  const fixed = { micro_batch: 1, context: 1, recompute: "none", virtual_pipeline: 1, tensor: 1 } as const;
-  const all = [...choicesOf(job, fixed)].flatMap((choice) => {
+  const fixed = { micro_batch: 1, context: 1, recompute: "none", virtual_pipeline: 1, tensor: 1, gradient_bucket: "job" } as const;
+  const ways = [...choicesOf(job, fixed)].flatMap((choice) => [
+    choice,
+    ...variantsOf(job, choice, fixed).map(({ key, value }) => ({ ...choice, [key]: value })),
+  ]);
+  const all = ways.flatMap((choice) => {
     const candidate = readJob(text, "small.yaml", settingsOf(job, choice)).job;
     return candidate ? [estimate(compile(candidate).plan, { profile }).seconds] : [];
   });
@@ -119,7 +124,7 @@ test("where the best beats the job as written, the changes that lead to it add u
     cluster: { ...job.cluster, gpus_per_node: 2, nodes: 4 },
   };
   const start = { ...written, parallel: { ...written.parallel, expert: 1 } };
-  const fixed = { micro_batch: 1, context: 1, recompute: "none", tensor: 1, pipeline: 1 } as const;
+  const fixed = { micro_batch: 1, context: 1, recompute: "none", tensor: 1, pipeline: 1, ...asInJob } as const;
   const result = search(start, { profile, fixed, written });
   const [best] = result.best;
   const steps = result.fromWritten ?? [];
@@ -168,4 +173,52 @@ test("bad input of a search is refused with its way out: a key named twice, a re
   expect(words).toContain("no choice remains with --fix tensor=3");
   expect(words).toContain("fits without --fix tensor=3");
   expect(words).not.toContain("rows_bound");
+});
+
+test("dispatch, what runs beside exchanges, buckets and the order of microbatches are searched, kept if given, and printed where they differ", () => {
+  const over = { ...job, parallel: { ...job.parallel, world: 8, data: 8 }, cluster: { ...job.cluster, gpus_per_node: 2, nodes: 4 } };
+  const mesh = { micro_batch: 1, context: 1, recompute: "none", tensor: 1, pipeline: 1, expert: 8 } as const;
+  const [kept] = search(over, { profile, fixed: { ...mesh, ...asInJob } }).best;
+  const result = search(over, { profile, fixed: mesh });
+  const [best] = result.best;
+  if (!best || !kept) throw new Error("nothing was found");
+  // groups of eight on four nodes: a token is sent to the ranks of its experts once, beside the kernels of another microbatch
+  expect(best.choice).toMatchObject({ dispatch: "once", expert_overlap: "interleave" });
+  expect(best.seconds).toBeLessThan(kept.seconds);
+  const again = readJob(text, "small.yaml", ["cluster.gpus_per_node=2", "cluster.nodes=4", ...settingsOf(over, best.choice)]).job;
+  expect(again && estimate(compile(again).plan, { profile }).seconds).toBeCloseTo(best.seconds, 12);
+  const printed = printSearch(over, result, { top: 3, width: 80, fixed: mesh });
+  expect(printed.join("\n")).toMatch(/MiB {2}once/);
+  expect(printed.join(" ")).toContain("model.moe.dispatch=once");
+  for (const line of printed) expect(textWidth(line), line).toBeLessThanOrEqual(80);
+  // a given value is the only one
+  const given = search(over, { profile, fixed: { ...mesh, dispatch: "all_to_all", expert_overlap: "none" } }).best;
+  expect(new Set(given.map(({ choice }) => choice.dispatch))).toEqual(new Set(["all_to_all"]));
+  expect(new Set(given.map(({ choice }) => choice.expert_overlap))).toEqual(new Set(["none"]));
+});
+
+test("a bound of rows is lowered where a choice does not fit otherwise", () => {
+  const worst = jobOf({
+    ...{ name: "rows", parallel: { world: 8 }, data: { path: "corpus.txt" } },
+    model: { layers: 2, hidden: 4096, ffn: 14336, heads: 32, vocab: 4096, seq: 4096, moe: { experts: 8, top_k: 2, ffn: 14336 } },
+    train: { global_batch: 32, steps: 1, precision: "bf16", optimizer: { lr: 1e-3 } },
+    cluster: { nodes: 1, gpus_per_node: 8, device: "h100-80gb" },
+  });
+  const fixed = { tensor: 1, context: 1, pipeline: 1, expert: 8, expert_tensor: 1, micro_batch: 2, recompute: "none", ...asInJob } as const;
+  const { rows_bound: _, ...open } = fixed;
+  const choice = { ...fixed, virtual_pipeline: 1 };
+  const peak = (rows_bound: "job" | 1.5): number => peakOf(jobWith(worst, { ...choice, rows_bound })).bytes;
+  expect(peak(1.5)).toBeLessThan(peak("job"));
+  // room for the lower bound alone
+  const reserve = deviceOf("h100-80gb").memory - (peak(1.5) + peak("job")) / 2;
+  const { best } = search(worst, { profile, fixed: open, plans: 3, reserve });
+  expect(best[0]?.choice.rows_bound).toBe(1.5);
+  expect(settingsOf(worst, best[0]?.choice ?? choice)).toContain("model.moe.rows_bound=1.5");
+  expect(search(worst, { profile, fixed, plans: 3, reserve }).best).toEqual([]);
+});
+
+test("search refuses values that a key beside the mesh does not have", async () => {
+  const job = ["plans/tiny-mixtral/job.yaml", "--device", "h100-80gb"];
+  expect((await rankc("search", ...job, "--fix", "dispatch=twice")).err).toContain("write job, all_to_all, once");
+  expect((await rankc("search", ...job, "--fix", "rows_bound=0.5")).err).toContain("write job, a number from 1");
 });

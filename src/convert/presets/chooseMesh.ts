@@ -2,7 +2,7 @@
 import type { Device } from "../../../schemas/devices.ts";
 import { completeJob, type Job, JobText } from "../../../schemas/job.ts";
 import { packageProfile } from "../../analysis/estimate/profiles.ts";
-import type { JobChoice } from "../../search/choice.ts";
+import { asInJob, type JobChoice } from "../../search/choice.ts";
 import { firstChoice } from "../../search/firstChoice.ts";
 
 /** What a job runs on. */
@@ -59,7 +59,12 @@ export function chooseMesh(draft: JobDraft, cluster: ClusterChoice, batch: numbe
       train: { ...start.train, global_batch: Math.ceil(Math.max(batch, least) / least) * least },
     };
   };
-  const found = firstChoice(start, { profile, fixed: { context: 1, micro_batch: 1, expert_tensor: 1 }, filled: FILLED, prepared });
+  const found = firstChoice(start, {
+    profile,
+    fixed: { context: 1, micro_batch: 1, expert_tensor: 1, ...asInJob },
+    filled: FILLED,
+    prepared,
+  });
   return found && choiceOf(found);
 }
 
