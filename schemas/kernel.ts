@@ -2,6 +2,7 @@
 import { z } from "zod";
 import { dtypeNames } from "./dtypes.ts";
 import { opNames } from "./opNames.ts";
+import { WEIGHTS } from "./weightsKernel.ts";
 
 /** A number of things in a plan, or an index. */
 export const count = z.int().min(0);
@@ -51,9 +52,6 @@ export const Launch = z.strictObject({
 });
 /** A value of the schema `Launch`. */
 export type Launch = z.infer<typeof Launch>;
-
-/** The op of the kernel that the runtime itself launches: it writes initial weights. Only plans for CUDA have it. */
-export const WEIGHTS = "weights";
 
 /** One kernel: op, local sizes, types, sources and launches, and the number of instructions that use it. */
 export const Kernel = z.strictObject({

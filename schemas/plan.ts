@@ -8,7 +8,7 @@ import { count, DtypeText, id, Kernel } from "./kernel.ts";
 import { gridAxisNames } from "./meshAxes.ts";
 import { opNames } from "./opNames.ts";
 
-export { Arg, Kernel, Launch, TensorMap, WEIGHTS } from "./kernel.ts";
+export { Arg, Kernel, Launch, TensorMap } from "./kernel.ts";
 
 const subAxes = z.array(count).describe("indices into mesh.subAxes, outermost first");
 

@@ -3,9 +3,10 @@
  * kernels. From the third step on, a step is one launch of a CUDA graph (graph.ts).
  */
 import { setTimeout } from "node:timers/promises";
-import { type Plan, type Program, WEIGHTS } from "../../schemas/plan.ts";
+import type { Plan, Program } from "../../schemas/plan.ts";
 import { instructionsOf } from "../../schemas/program.ts";
 import { Trouble } from "../../schemas/trouble.ts";
+import { WEIGHTS } from "../../schemas/weightsKernel.ts";
 import type { HostMemory, LocalRanks, StepKind } from "../backend.ts";
 import { RankPrograms } from "../rankPrograms.ts";
 import type { StartupClock } from "../startup.ts";

@@ -1,8 +1,9 @@
 /** Weights on a CUDA device, by the plan's kernel `weights`: initial ones from tables that the host makes, and those of checkpoints. */
 import { type Dtype, dtypes } from "../../schemas/dtypes.ts";
 import { entryOf, itemOf } from "../../schemas/lookup.ts";
-import { type Buffer, type Kernel, type Launch, type Plan, WEIGHTS } from "../../schemas/plan.ts";
+import type { Buffer, Kernel, Launch, Plan } from "../../schemas/plan.ts";
 import { Trouble } from "../../schemas/trouble.ts";
+import { WEIGHTS } from "../../schemas/weightsKernel.ts";
 import { normalTable } from "../../src/ops/normalDraw.ts";
 import type { NormalDraw, PlacedPiece, WeightLoader } from "../backend.ts";
 import { type DeviceRange, offsetPointer } from "./arenas.ts";

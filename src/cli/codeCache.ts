@@ -29,17 +29,19 @@ export function cacheCode(): void {
 
 function compileFrom(folder: string): void {
   const bundle = dirname(fileURLToPath(import.meta.url));
+  // the validator of plans, which the build writes beside the bundle
+  const folders = [bundle, join(bundle, "../src/plan")];
   /** The scripts of this command, and whether their cached code is that of a long command. */
   const scripts: { readonly file: string; readonly script: Script; readonly cached: "long" | "short" | undefined }[] = [];
   const prototype = Module.prototype as unknown as Compiles;
   const compile = prototype._compile;
   prototype._compile = function (content, file) {
-    if (dirname(file) !== bundle) return compile.call(this, content, file);
+    if (!folders.includes(dirname(file))) return compile.call(this, content, file);
     const [cached, cachedData] = codeOf(folder, file);
     const importModuleDynamically = constants.USE_MAIN_CONTEXT_DEFAULT_LOADER;
     const script = new Script(Module.wrap(content), { filename: file, cachedData, importModuleDynamically });
     scripts.push({ file, script, cached: script.cachedDataRejected === false ? cached : undefined });
-    return script.runInThisContext().call(this.exports, this.exports, createRequire(file), this, file, bundle);
+    return script.runInThisContext().call(this.exports, this.exports, createRequire(file), this, file, dirname(file));
   };
   process.once("exit", () => {
     const kind = process.cpuUsage().user > LONG ? "long" : "short";

@@ -5,9 +5,10 @@
 
 import { raggedOperandOf, touchedBy } from "../../schemas/effects.ts";
 import { entryOf } from "../../schemas/lookup.ts";
-import { type Buffer, type Compute, type Instruction, type Kernel, type Program, WEIGHTS } from "../../schemas/plan.ts";
+import type { Buffer, Compute, Instruction, Kernel, Program } from "../../schemas/plan.ts";
 import { microbatchBlocks, microbatchesIn } from "../../schemas/program.ts";
 import { elementsOf, shardCount } from "../../schemas/sharding.ts";
+import { WEIGHTS } from "../../schemas/weightsKernel.ts";
 import { bufferForm, computeForm } from "../analysis/instructionForms.ts";
 import { ops } from "../ops/index.ts";
 import type { Mesh } from "../passes/mesh.ts";

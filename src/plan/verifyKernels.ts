@@ -2,9 +2,10 @@
 
 import { bytesOf } from "../../schemas/dtypes.ts";
 import { neededOf, rowIndexOf } from "../../schemas/effects.ts";
-import { type Arg, type Buffer, type Compute, type Kernel, type Launch, type Plan, type TensorMap, WEIGHTS } from "../../schemas/plan.ts";
+import type { Arg, Buffer, Compute, Kernel, Launch, Plan, TensorMap } from "../../schemas/plan.ts";
 import { instructionsOf } from "../../schemas/program.ts";
 import { elementsOf, shardCount } from "../../schemas/sharding.ts";
+import { WEIGHTS } from "../../schemas/weightsKernel.ts";
 import { ops } from "../ops/index.ts";
 import { invariant } from "../ops/op.ts";
 import type { Mesh } from "../passes/mesh.ts";
