@@ -93,12 +93,15 @@ function changedSection(value: Record<string, unknown>, text: string): string | 
  */
 function isAsWritten(value: Record<string, unknown>, digests: Digests, text: string): boolean {
   const names = Object.keys(value).sort();
+  // each search begins behind the key before: from `{` at 0 to `}` and a line break at the end, keys and their texts are then all of the text
   let after = 0;
   const starts = names.map((name, at) => {
-    const start = text.indexOf(`${at === 0 ? "{" : ","}${JSON.stringify(name)}:`, after);
-    after = Math.max(after, start);
+    const key = `${at === 0 ? "{" : ","}${JSON.stringify(name)}:`;
+    const start = text.indexOf(key, after);
+    after = start < 0 ? text.length : start + key.length;
     return start;
   });
+  if (starts[0] !== 0 || starts.includes(-1) || !text.endsWith("}\n")) return false;
   const texts = names.map((name, at): [string, string] => {
     const from = (starts[at] ?? 0) + JSON.stringify(name).length + 2;
     return [name, text.slice(from, starts[at + 1] ?? text.length - 2)];
@@ -107,8 +110,7 @@ function isAsWritten(value: Record<string, unknown>, digests: Digests, text: str
   return (
     digests.plan === overall(String(value.format_version), digests) &&
     sections.every((name) => digests[name] === sha256(byName.get(name) ?? "")) &&
-    names.every((name) => (sections as readonly string[]).includes(name) || byName.get(name) === printed(value[name]).text) &&
-    text === joined(texts)
+    names.every((name) => (sections as readonly string[]).includes(name) || byName.get(name) === printed(value[name]).text)
   );
 }
 
