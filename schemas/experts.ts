@@ -59,8 +59,52 @@ export function ranksOfToken({ experts, router }: Pick<Moe, "experts" | "router"
   return { most, mean: Math.min(most, open * (1 - missed)) };
 }
 
-/** Returns how many rows of a token are sent to the `ranks` of an expert group, on average if the load is balanced. */
+/** Returns how many rows of a token are sent to the `ranks` of an exchange of rows, on average if the load is balanced. */
 export function rowsSent(moe: Moe, ranks: number): number {
   if (moe.dispatch === "all_gather") return ranks;
-  return moe.dispatch === "once" ? ranksOfToken(moe, ranks, moe.top_k).mean : moe.top_k;
+  return moe.dispatch === "all_to_all" ? moe.top_k : ranksOfToken(moe, ranks, moe.top_k).mean;
+}
+
+interface Placed {
+  readonly parallel: Pick<Job["parallel"], "world" | "tensor" | "context" | "pipeline" | "expert" | "expert_tensor" | "order">;
+  readonly cluster: Pick<Job["cluster"], "gpus_per_node">;
+}
+
+/**
+ * Returns so many neighbouring ranks of a stage that share a node: the ranks of a node are theirs, or those of several stages. Returns undefined
+ * if nodes begin in the middle of such neighbours.
+ */
+function neighboursOnNode({ parallel: p, cluster: { gpus_per_node: gpus } }: Placed): number | undefined {
+  // in this order of axes the stages lie between the tokens of a node and the data ranks
+  const near = p.order === "tp-cp-ep-pp-dp" ? p.tensor * p.context : p.world / p.pipeline;
+  if (near >= gpus) return near % gpus === 0 ? gpus : undefined;
+  if (gpus % near !== 0) return undefined;
+  if (near * p.pipeline >= gpus) return (near * p.pipeline) % gpus === 0 ? near : undefined;
+  return gpus % (near * p.pipeline) === 0 ? gpus / p.pipeline : undefined;
+}
+
+/** The nodes of an expert group, and how many of its ranks each node has; expert tensor ranks count as one. */
+export interface ExpertNodes {
+  readonly nodes: number;
+  readonly perNode: number;
+}
+/**
+ * Returns the nodes of each expert group. Returns undefined if nodes begin at different places of the groups, or between the ranks that share
+ * an expert.
+ */
+export function nodesOfExperts(placed: Placed): ExpertNodes | undefined {
+  const { expert, expert_tensor } = placed.parallel;
+  const neighbours = neighboursOnNode(placed);
+  if (neighbours === undefined) return undefined;
+  const most = neighbours / expert_tensor;
+  if (most % expert === 0) return { nodes: 1, perNode: expert };
+  return Number.isInteger(most) && expert % most === 0 ? { nodes: expert / most, perNode: most } : undefined;
+}
+/** Returns the nodes of each expert group if tokens are sent once to each node: there are several, with several ranks of the group each. */
+export function nodesOfDispatch({
+  model: { moe },
+  ...placed
+}: Placed & { readonly model: { readonly moe?: Pick<Moe, "dispatch"> | null } }): ExpertNodes | undefined {
+  const found = moe?.dispatch === "once_per_node" ? nodesOfExperts(placed) : undefined;
+  return found && found.nodes > 1 && found.perNode > 1 ? found : undefined;
 }

@@ -108,6 +108,8 @@ export const opNames = [
   "pack_grad",
   "pack_groups",
   "pack_groups_grad",
+  "pack_row_groups",
+  "pack_row_groups_grad",
   "pack_rows",
   "pack_rows_grad",
   "permute",

@@ -608,6 +608,7 @@ interface CudaRopeAnglesCuh {
 interface CudaRowChoicesCu {
   readonly count: string | number;
   readonly from: string | number;
+  readonly group: string | number;
   readonly name: string | number;
   readonly to: string | number;
   readonly width: string | number;

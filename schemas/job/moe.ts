@@ -115,10 +115,10 @@ export const MoeText = z.strictObject({
     ),
   router: RouterText.prefault({}).describe("how tokens choose experts"),
   dispatch: z
-    .enum(["all_to_all", "once", "all_gather"])
+    .enum(["all_to_all", "once", "once_per_node", "all_gather"])
     .default("all_to_all")
     .describe(
-      "how rows reach the ranks of their experts. all_to_all: each row is sent to its experts; once: a token is sent once to each rank that has experts of it, with its weights, and that rank returns one sum; all_gather: every row is sent to every rank of the expert group",
+      "how rows reach the ranks of their experts. all_to_all: each row is sent to its experts; once: a token is sent once to each rank that has experts of it, with its weights, and that rank returns one sum; once_per_node: the same, and it crosses the network once to each node that has experts of it, which returns one sum; all_gather: every row is sent to every rank of the expert group",
     ),
   capacity: z
     .union([z.literal("dropless"), Capacity])

@@ -50,6 +50,7 @@ export const valueTexts: Readonly<Record<string, Readonly<Record<string, string>
   "model.moe.dispatch": {
     all_to_all: "each row is sent to the ranks of its experts",
     once: "a token is sent once to each rank that has experts of it, which returns one sum",
+    once_per_node: "a token is sent once to each node that has experts of it, and inside the node once to each rank",
     all_gather: "every row is sent to every rank of the expert group",
   },
   "model.moe.capacity.drop": {

@@ -65,6 +65,15 @@ export function listAsTokens<Operand extends string, Size extends string>(
   return { ...spec, d: { ...spec.d, B: operandOf<Operand | "c">(spec, "c").size / K, S: 1 } };
 }
 
+/** Returns the spec of an op that gathers the W values of groups of a list as that of the op that gathers the K values of groups of tokens. */
+export function groupsOfList<Operand extends string, Size extends string>(
+  spec: KernelSpec<Operand | "c", Size | "E" | "K" | "W">,
+): KernelSpec<Operand | "c", Size | "B" | "S" | "E" | "K"> {
+  const tokens = listAsTokens<Operand, Size | "W">(spec);
+  const { W }: Readonly<Record<"W", number>> = spec.d;
+  return { ...tokens, d: { ...tokens.d, K: W } };
+}
+
 /** Source and launches of one kernel spec. */
 export interface GeneratedKernel {
   readonly source: string;

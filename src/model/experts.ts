@@ -2,9 +2,9 @@
  * The mixture of experts of one layer: router → permute → grouped GEMMs → unpermute, plus the shared experts. Dispatch and combine are
  * collectives that `shard` inserts, and so are the regrids where the grid of the experts does not nest with that of the tokens.
  */
-import { ranksOfToken } from "../../schemas/experts.ts";
+import { type ExpertNodes, nodesOfDispatch, ranksOfToken } from "../../schemas/experts.ts";
 import { isGated } from "../../schemas/job.ts";
-import { groupMask, markWeights, packGroups, packRows, permuteRows, rowChoices, unpermuteRows } from "../ops/dispatch.ts";
+import { groupMask, markWeights, packGroups, packRowGroups, packRows, permuteRows, rowChoices, unpermuteRows } from "../ops/dispatch.ts";
 import { gatedUnits } from "../ops/gatedUnits.ts";
 import { add, addBiasRows, cast, gemm, groupedGemm } from "../ops/gemm.ts";
 import { pack, permute, sigmoidGate, unpermute } from "../ops/moe.ts";
@@ -51,7 +51,8 @@ interface Dispatched {
 }
 /** Builds the rows of tokens [B,S,width] and of their weights. */
 function dispatched(module: ModuleBuilder, x: Value, moe: Moe, routing: Routing): Dispatched {
-  if (moe.dispatch === "once" && module.job.parallel.expert > 1) return dispatchedOnce(module, x, moe, routing);
+  const isOnce = moe.dispatch === "once" || moe.dispatch === "once_per_node";
+  if (isOnce && module.job.parallel.expert > 1) return dispatchedOnce(module, x, moe, routing);
   const at = (name: string) => module.at(`moe.${name}`);
   const { map: c, weights: p, rows: limits } = routing;
   // dispatch `all_gather`: tokens are gathered over ep, and each rank permutes those of its experts
@@ -64,35 +65,86 @@ function dispatched(module: ModuleBuilder, x: Value, moe: Moe, routing: Routing)
   };
 }
 
+/** The pins of an op on the ranks of experts. Expert tensor ranks have the same rows, since each has a part of every expert. */
+const onExperts = (v: Value): Value =>
+  declared(v, {
+    pins: [
+      { dim: "E", axis: "ep", path: PATH },
+      { axis: "etp", path: PATH },
+    ],
+  });
+/** The pins of an op on the ranks of nodes with experts. */
+const onNodes = (v: Value): Value =>
+  declared(v, {
+    pins: [
+      { dim: "E", axis: "ep", across: "nodes", path: PATH },
+      { axis: "etp", path: PATH },
+    ],
+  });
+const PATH = "model.moe.dispatch";
+/** The pins of ops on tokens whose rows go to nodes: a rank of a node finds the tokens of its places by where they came from. */
+const onTokens = (v: Value): Value =>
+  declared(v, {
+    pins: [
+      { dim: "B", axis: "dp", path: PATH },
+      { dim: "S", axis: "cp", path: PATH },
+      { dim: "S", axis: "tp", path: PATH },
+    ],
+  });
+
+/** Rows of a list of tokens with the weights of their experts, and the way back from the sums of these rows to tokens. */
+interface Listed {
+  readonly list: Value;
+  readonly marked: Value;
+  readonly summed: (sums: Value) => Value;
+}
+
 /**
  * The same for dispatch `once`: the experts of a rank are a group, a token has one row for each group that has experts of it, and such rows
- * are exchanged. Expert tensor ranks have the same list of rows, since each has a part of every expert.
+ * are exchanged. With `once_per_node` the experts of a node are a group first, and its ranks are groups of the rows that the node receives.
  */
-function dispatchedOnce(module: ModuleBuilder, x: Value, moe: Moe, { map: c, weights: p, rows: limits }: Routing): Dispatched {
+function dispatchedOnce(module: ModuleBuilder, x: Value, moe: Moe, routing: Routing): Dispatched {
   const at = (name: string) => module.at(`moe.${name}`);
-  const G = module.job.parallel.expert;
-  const K = moe.experts / G;
-  const path = "model.moe.dispatch";
-  const onExperts = (v: Value) =>
-    declared(v, {
-      pins: [
-        { dim: "E", axis: "ep", path },
-        { axis: "etp", path },
-      ],
-    });
-  const ofGroups = groupLimits(moe, limits, G);
-  const ofExperts = { ...limits, K };
-  const g = groupMask.of({ c }, { K }, at("group_mask"));
-  const marked = packGroups.of({ p: markWeights.of({ p, c }, {}, at("marked_weights")), c: g }, { ...ofGroups, K }, at("pack_groups"));
-  const list = permute.of({ x, c: g }, ofGroups, at("permute"));
-  const choices = onExperts(rowChoices.of({ v: marked }, {}, at("row_choices")));
+  const ranks = module.job.parallel.expert;
+  const ofExperts = { ...routing.rows, K: moe.experts / ranks };
+  const nodes = nodesOfDispatch(module.job);
+  const perNode = nodes && listOf(module, x, moe, routing, nodes.nodes);
+  const { list, marked, summed } =
+    nodes && perNode ? listInNode(module, moe, routing, perNode, nodes) : listOf(module, x, moe, routing, ranks);
+  const choices = onExperts(rowChoices.of({ v: marked }, { K: 1 }, at("row_choices")));
   return {
     rows: onExperts(permuteRows.of({ x: list, c: choices }, ofExperts, at("permute_rows"))),
     weights: onExperts(packRows.of({ p: marked, c: choices }, ofExperts, at("pack"))),
-    combined(r) {
-      const sums = onExperts(unpermuteRows.of({ r, c: choices }, ofExperts, at("unpermute_rows")));
-      return unpermute.of({ r: sums, c: g }, ofGroups, at("unpermute"));
-    },
+    combined: (r) => summed(onExperts(unpermuteRows.of({ r, c: choices }, ofExperts, at("unpermute_rows")))),
+  };
+}
+
+/** Builds the rows of tokens for groups of experts. */
+function listOf(module: ModuleBuilder, x: Value, moe: Moe, { map: c, weights: p, rows: limits }: Routing, groups: number): Listed {
+  const at = (name: string) => module.at(`moe.${name}`);
+  const K = moe.experts / groups;
+  const ofGroups = groupLimits(moe, limits, groups);
+  const pin = nodesOfDispatch(module.job) ? onTokens : (v: Value): Value => v;
+  const g = groupMask.of({ c }, { K }, at("group_mask"));
+  const weights = markWeights.of({ p, c }, {}, at("marked_weights"));
+  return {
+    list: pin(permute.of({ x, c: g }, ofGroups, at("permute"))),
+    marked: pin(packGroups.of({ p: weights, c: g }, { ...ofGroups, K }, at("pack_groups"))),
+    summed: (r) => pin(unpermute.of({ r, c: g }, ofGroups, at("unpermute"))),
+  };
+}
+
+/** Builds the rows that a node sends to its ranks, from those that it receives. */
+function listInNode(module: ModuleBuilder, moe: Moe, { rows: limits }: Routing, { list, marked, summed }: Listed, n: ExpertNodes): Listed {
+  const at = (name: string) => module.at(`moe.${name}`);
+  const ranks = n.nodes * n.perNode;
+  const ofRanks = { ...groupLimits(moe, limits, ranks), K: n.perNode };
+  const W = moe.experts / ranks;
+  const c = onNodes(rowChoices.of({ v: marked }, { K: W }, at("rank_choices")));
+  return {
+    list: onNodes(permuteRows.of({ x: list, c }, ofRanks, at("permute_ranks"))),
+    marked: onNodes(packRowGroups.of({ p: marked, c }, { ...ofRanks, W }, at("pack_ranks"))),
+    summed: (r) => summed(onNodes(unpermuteRows.of({ r, c }, ofRanks, at("unpermute_ranks")))),
   };
 }
 

@@ -25,6 +25,8 @@ export function limitsOf({ k = 0, mean, quota, sequences = 1, positions = 1 }: R
 export interface Pin {
   readonly dim?: string;
   readonly axis: string;
+  /** Only the sub-axes of the axis along which ranks are on different nodes. */
+  readonly across?: "nodes";
   readonly path: string;
 }
 

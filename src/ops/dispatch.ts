@@ -2,7 +2,11 @@
  * Dispatch once per rank (`model.moe.dispatch: once`). The experts of one rank are a group: a token has one row for each group that has
  * experts of it. The row carries the weights of the group's K experts. On the rank of the group, rows are a list of tokens: `permute_rows`
  * and its like copy them to the experts, as `permute` copies tokens. A place in the list is a number of this rank alone, so an index that they
- * make has (start of b + place, start of s, expert) instead of (b, s, expert), and such rows are local: no collective exchanges them.
+ * make has (start of b + place, start of s, expert) instead of (b, s, expert), and such rows are local: collectives send them to the rank of
+ * their expert, and back to where they were, and nowhere else.
+ *
+ * Once per node (`once_per_node`) the experts of a node are a group, and a row carries the weights of all of them. In the node that receives it
+ * the ranks are groups in turn: the same ops copy each row of the list to the ranks that have experts of it, whose lists make rows of experts.
  */
 import { greater, rowMax, select } from "./formula.ts";
 import { invariant } from "./invariant.ts";
@@ -68,13 +72,16 @@ function eachGroup(
 
 // -- where the experts are: lists of tokens
 
-/** Marks the experts of each row from its weights. Places without a row have none: they are 0 up to the bound. */
+/**
+ * Marks the groups of K experts that have an expert of each row, from its weights; with K = 1 the experts themselves. Places without a row
+ * have none: they are 0 up to the bound.
+ */
 export const rowChoices = op({
   name: "row_choices",
-  sig: "v[B~S~E,K] -> c[B~S~E,K]",
+  sig: "v[B~S~E,N*K] -> c[B~S~E,N]",
   localRows: true,
-  cpu({ v, c }, { K }, { rows }) {
-    for (let i = 0; i < (rows[0] ?? 0) * K; i++) c[i] = Number((v[i] ?? ABSENT) >= 0);
+  cpu({ v, c }, { N, K = 1 }, { rows }) {
+    for (let i = 0; i < (rows[0] ?? 0) * N; i++) c[i] = Number(v.subarray(i * K, i * K + K).some((weight) => weight >= 0));
   },
 });
 
@@ -134,5 +141,28 @@ export const packRowsGrad = op({
   linearIn: "dy",
   cpu({ dy, c, dp }, d, place) {
     packGrad.cpu({ dy, c, dp }, tokensOf(c, d), place);
+  },
+});
+/** Gathers the W values of the group of each row from those of its place. */
+export const packRowGroups = op({
+  name: "pack_row_groups",
+  sig: "p[B~S~E/K,K*W] c[B~S~E/K,K] -> r[B~S~E,W]",
+  attrs: ["K"],
+  localRows: true,
+  rows: ({ c }, d, place, rows, bound) => rowsOfList(c, d, place, rows, bound),
+  cpu({ p, c, r }, d, place) {
+    packGroups.cpu({ p, c, r }, { ...tokensOf(c, d), K: d.W }, place);
+  },
+  grad: ({ c }, { dy }, a): Grads => ({ p: packRowGroupsGrad.of({ dy, c }, a) }),
+});
+/** Gradient of pack_row_groups with respect to p; only the shape of `c` is read. */
+export const packRowGroupsGrad = op({
+  name: "pack_row_groups_grad",
+  sig: "dy[B~S~E,W] c[B~S~E/K,K] -> dp[B~S~E/K,K*W]",
+  attrs: ["K"],
+  rowsLike: "c",
+  linearIn: "dy",
+  cpu({ dy, c, dp }, d, place) {
+    packGroupsGrad.cpu({ dy, c, dp }, { ...tokensOf(c, d), K: d.W }, place);
   },
 });

@@ -89,7 +89,7 @@ export const splitRows = op({
 });
 
 /**
- * Merges `count` lists into one index of `bound` rows, sorted by (e, b, s). The lists are sorted likewise, have stride `length` and hold at
+ * Merges `count` lists into one index of `bound` rows, sorted by (e, b, s); of equal rows those of the first list come first. The lists are sorted likewise, have stride `length` and hold at
  * most `cap` rows. The index ends with the row offsets of the local experts, the first of which is start(E). from[i] = list · cap + j is
  * the origin of row i. `B0` and `S0` are the global sizes.
  */
@@ -101,15 +101,16 @@ export const mergeRows = op({
   inPlace: ["needed"],
   cpu({ lists, index, from, needed }, d, place) {
     const { count, length, cap, bound, E } = d;
-    const all: { key: number; at: number; from: number }[] = [];
+    // places of lists, in the order of tokens, may be beyond the sizes of b
+    const all: { e: number; token: number; at: number; from: number }[] = [];
     for (let g = 0; g < count; g++) {
       const list = (place.block ?? 0) + g * length;
       for (let j = 0; j < lists[list]!; j++) {
         const at = list + 1 + 3 * j;
-        all.push({ key: (lists[at + 2]! * d.B0 + lists[at]!) * d.S0 + lists[at + 1]!, at, from: g * cap + j });
+        all.push({ e: lists[at + 2]!, token: lists[at]! * d.S0 + lists[at + 1]!, at, from: g * cap + j });
       }
     }
-    all.sort((x, y) => x.key - y.key);
+    all.sort((x, y) => x.e - y.e || x.token - y.token);
     index.fill(-1);
     from.fill(-1);
     const kept = all.slice(0, bound);

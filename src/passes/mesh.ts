@@ -5,6 +5,7 @@
  * The first axis has stride 1, as in Megatron Core. Sub-axes are factors of the number of a rank within its stage, so they do not
  * depend on the order of pipeline stages among the axes.
  */
+import { nodesOfDispatch } from "../../schemas/experts.ts";
 import type { Job } from "../../schemas/job.ts";
 import { gridAxisNames } from "../../schemas/meshAxes.ts";
 import type { MeshAxis } from "../../schemas/plan.ts";
@@ -21,7 +22,9 @@ export const denseAxes = ["tp", "cp", "dp"] as const;
 /** Axes of the expert grid, ascending stride. */
 export const expertAxes = ["etp", "ep", "edp"] as const;
 
-type Meshed = Pick<Job, "parallel" | "cluster"> & { readonly model: Pick<Job["model"], "kv_heads"> };
+type Meshed = Pick<Job, "parallel" | "cluster"> & {
+  readonly model: Pick<Job["model"], "kv_heads"> & { readonly moe?: Job["model"]["moe"] };
+};
 
 /** Returns how many neighbouring tensor ranks hold copies of one key/value head; 1 if there are at least as many heads as ranks. */
 const copiesOfHead = ({ model: { kv_heads }, parallel: { tensor } }: Pick<Meshed, "model" | "parallel">): number =>
@@ -63,7 +66,9 @@ export function buildMesh({ model, parallel: p, cluster }: Meshed): Mesh {
   const [dense, expert] = [spansOf(denseAxes), spansOf(expertAxes)];
   const instances = perStage / p.optimizer_instances;
   const boundsOf = (spans: typeof dense, ...more: number[]) => [...spans.map((s) => s.to), instances, ...more];
-  const [denseBounds, expertBounds] = [boundsOf(dense, copies), boundsOf(expert)];
+  // rows that are sent once to each node are exchanged between nodes, and inside each
+  const nodes = nodesOfDispatch({ model, parallel: p, cluster });
+  const [denseBounds, expertBounds] = [boundsOf(dense, copies), boundsOf(expert, ...(nodes ? [p.expert_tensor * nodes.perNode] : []))];
   const shared = subAxesBetween([...denseBounds, ...expertBounds]);
   const isNested = hasIntegerSizes(shared);
   // if the strides of one grid do not divide those of the other, each grid has its own sub-axes
@@ -101,6 +106,12 @@ export function subAxesOf({ axes }: Pick<Mesh, "axes">, axis: string): readonly 
 export function sizeOfAxis({ sizes }: Pick<Mesh, "sizes">, axis: string): number {
   invariant(isGridAxis(axis), () => `the mesh has no axis ${axis}`);
   return sizes[axis];
+}
+
+/** Returns whether ranks along a sub-axis are on different nodes, unless some of its ranks share one. */
+export function crossesNodes(mesh: Mesh, f: number): boolean {
+  const { stride } = subAxisOf(mesh, f);
+  return rankAt(mesh, 0, stride) - rankAt(mesh, 0, 0) >= mesh.gpus_per_node;
 }
 
 /** Returns whether the two grids share no sub-axis, because the strides of one do not divide those of the other. */

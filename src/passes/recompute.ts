@@ -24,7 +24,7 @@ const modules: Readonly<Record<Job["train"]["recompute"]["modules"][number], (na
   moe: isIn("moe."),
   moe_act: isOneOf([...Object.keys(gatedUnits), ...Object.keys(ungatedUnits)].map((name) => `moe.${name}`)),
   // the rows that experts read: top_k copies of each token
-  moe_permute: isOneOf(["moe.permute", "moe.permute_rows"]),
+  moe_permute: isOneOf(["moe.permute", "moe.permute_ranks", "moe.permute_rows"]),
   shared_experts: isIn("moe.shared."),
 };
 /** Nodes of a depth of multi-token prediction that are outside its layer. */

@@ -52,7 +52,7 @@ export function shard(graph: TrainingGraph, mesh: Mesh, { stageOf, roleOf, pick,
     const stage = stageOf(node.position);
     nodes.shard(usesOf(node), stage, steps);
     for (const v of node.outs) {
-      if (v.shardAxes) nodes.moveTo(v, placements.declared(v), "the model declares this layout", node.backward, steps);
+      if (v.shardAxes) nodes.moveTo(v, placements.declared(v), "the model declares this layout", { backward: node.backward, into: steps });
       gradients.settle(v, stage, node.backward, steps);
     }
   }

@@ -1,5 +1,5 @@
 /** Rules E: experts, capacity and token dispatch. See also router.ts and balance.ts. */
-import { evenBy, hasExperts } from "../../schemas/experts.ts";
+import { evenBy, hasExperts, nodesOfExperts } from "../../schemas/experts.ts";
 import type { Job } from "../../schemas/job.ts";
 import { divisorsNear, downTo, rule, upTo } from "./rule.ts";
 
@@ -11,6 +11,9 @@ function worstLoad({ top_k, experts, capacity, router }: Moe, expert: number): n
   if (router.type === "expert_choice" || (capacity !== "dropless" && capacity.pad)) return 1;
   return capacity === "dropless" ? all : Math.min(all, Math.max(1, capacity.factor));
 }
+
+/** Returns whether a token is sent once to several of its experts. */
+const sendsOnce = ({ dispatch }: Moe): boolean => dispatch === "once" || dispatch === "once_per_node";
 
 /** Rules of experts. */
 export const moe = [
@@ -157,10 +160,10 @@ export const moe = [
   rule({
     code: "E444",
     title: "dispatch: once saves nothing",
-    why: "A token is sent once to each rank that has several of its experts. With expert 1 no row is sent, and with top_k 1 a token has one expert.",
+    why: "A token is sent once to each rank, or to each node, that has several of its experts. With expert 1 no row is sent, and with top_k 1 a token has one expert.",
     level: "warning",
     *check({ model: { moe }, parallel: p }) {
-      if (moe?.dispatch !== "once" || (p.expert > 1 && moe.top_k > 1)) return;
+      if (!moe || !sendsOnce(moe) || (p.expert > 1 && moe.top_k > 1)) return;
       yield {
         at: "model.moe.dispatch",
         related: ["parallel.expert", "model.moe.top_k"],
@@ -170,6 +173,43 @@ export const moe = [
       };
     },
     bad: "model: {moe: {experts: 8, top_k: 2, router: {aux_coeff: 0.01}, dispatch: once}}",
+  }),
+  rule({
+    code: "E445",
+    title: "dispatch: once_per_node has one step",
+    why: "A token is sent to each node with experts of it, and inside the node to each rank. If the ranks of an expert group share one node, or have a node each, the first of these steps or the second sends nothing: the plan is that of dispatch: once.",
+    level: "warning",
+    *check({ model: { moe }, parallel, cluster }) {
+      if (moe?.dispatch !== "once_per_node" || parallel.expert === 1 || moe.top_k === 1) return;
+      const found = nodesOfExperts({ parallel, cluster });
+      if (!found || (found.nodes > 1 && found.perNode > 1)) return;
+      yield {
+        at: "model.moe.dispatch",
+        related: ["parallel.expert", "cluster.gpus_per_node"],
+        found: `expert ${parallel.expert} on ${found.nodes === 1 ? "one node" : `${found.nodes} nodes`} of ${cluster.gpus_per_node} GPUs`,
+        fix: "write once",
+        safe: { "model.moe.dispatch": "once" },
+      };
+    },
+    bad: "model: {moe: {experts: 8, top_k: 2, router: {aux_coeff: 0.01}, dispatch: once_per_node}}\nparallel: {world: 4, expert: 4}",
+  }),
+  rule({
+    code: "E446",
+    title: "nodes begin inside the parts of an expert group",
+    why: "With dispatch: once_per_node a token goes to the rank of another node that has the same place in it. Each node must have the same number of ranks of an expert group, and all expert tensor ranks of an expert.",
+    level: "error",
+    *check({ model: { moe }, parallel, cluster }) {
+      if (moe?.dispatch !== "once_per_node" || parallel.expert === 1 || nodesOfExperts({ parallel, cluster })) return;
+      const { expert, expert_tensor: etp } = parallel;
+      yield {
+        at: "model.moe.dispatch",
+        related: ["parallel.expert", "parallel.expert_tensor", "cluster.gpus_per_node"],
+        found: `expert ${expert}${etp > 1 ? ` x expert_tensor ${etp}` : ""} on nodes of ${cluster.gpus_per_node} GPUs`,
+        fix: "write once, or choose degrees of which a node has whole multiples",
+        tries: [{ "model.moe.dispatch": "once" }],
+      };
+    },
+    bad: "model: {moe: {experts: 8, top_k: 2, router: {aux_coeff: 0.01}, dispatch: once_per_node}}\nparallel: {world: 12, expert: 4}\ntrain: {global_batch: 12}\ncluster: {gpus_per_node: 6}\nallow: [C504]",
   }),
   rule({
     code: "E433",

@@ -150,7 +150,7 @@ describe("public recipes", () => {
     const { model, parallel } = complete(result);
     expect(model).toMatchObject({ vocab: 128815, mtp: { layers: 1 }, mla: { q_rank: 1536, kv_rank: 512, norm_eps: 1e-6 } });
     expect(model.rope.scaling).toMatchObject({ type: "yarn", factor: 40, original_seq: 4096, mscale: 1, mscale_all_dim: 1 });
-    expect(model.moe).toMatchObject({ layers: { first_dense: 3 }, shared: { ffn: 2048 }, dispatch: "once" });
+    expect(model.moe).toMatchObject({ layers: { first_dense: 3 }, shared: { ffn: 2048 }, dispatch: "once_per_node" });
     expect(model.moe?.router).toMatchObject({
       score: "sigmoid",
       groups: 8,

@@ -99,6 +99,7 @@ test("any choice of dims gives the same numbers: the rules decide cost only", as
       latent: 16,
     },
     once: { dispatch: "once", top_k: 3 },
+    perNode: { dispatch: "once_per_node", top_k: 3 },
     even: { router: { balance: "sinkhorn", normalize_top_k: false } },
     chosen: { router: { type: "expert_choice", normalize_top_k: false } },
   };
@@ -122,7 +123,7 @@ test("any choice of dims gives the same numbers: the rules decide cost only", as
         s = Math.imul(s, 1664525) + 1013904223;
         return votes[(s >>> 8) % (votes.length + 1)] ?? { by: () => "nothing" };
       };
-      const job = jobFor(parallel, over);
+      const job = { ...jobFor(parallel, over), cluster: { gpus_per_node: parallel.world! % 3 === 0 ? 6 : 2 } };
       steps.push(sameSoFar(await numbers(jobOf(job), pick), await reference(job)));
     }),
     {

@@ -199,6 +199,30 @@ describe("on named meshes", () => {
         same(await numbers(jobOf(of("once", parallel, train))), await reference(of("all_to_all", { world: 1 }, {})));
       },
     );
+  // a token crosses the network once for each node with experts of it, and the node returns one sum of its ranks' sums
+  const perNode: [Parallel, number, object?, object?][] = [
+    [{ world: 4, expert: 4 }, 2],
+    [{ world: 8, tensor: 2, sequence: true, expert: 8, distributed_optimizer: true }, 4, { shared: { ffn: 24 }, bias: true }],
+    [{ world: 8, expert: 4 }, 2, { top_k: 3, rows_bound: 4, latent: 12 }, { recompute: { mode: "selective", modules: ["moe_permute"] } }],
+    [{ world: 8, tensor: 2, sequence: true, expert: 4, expert_tensor: 2 }, 4, {}, { recompute: { mode: "full" } }],
+    [{ world: 16, context: 4, pipeline: 2, expert: 4, order: "tp-cp-ep-pp-dp", expert_overlap: "shared" }, 2],
+    [{ world: 8, expert: 8 }, 2, { router: { groups: 4, group_top_k: 2, aux_coeff: 0.05 } }],
+    [{ world: 4, expert: 4 }, 2, { router: { type: "expert_choice", normalize_top_k: false } }],
+    [{ world: 16, pipeline: 2, expert: 8, expert_overlap: "interleave" }, 4, {}, { global_batch: 32 }],
+    [{ world: 8, pipeline: 2, expert: 4, schedule: "zero_bubble", expert_overlap: "shared" }, 2, { top_k: 3, shared: { ffn: 24 } }],
+  ];
+  for (const { options, rows } of byTier(perNode, (_, i) => i === 0))
+    test.each(rows.map((c) => [JSON.stringify(c), ...c] as const))(
+      "the dispatcher once_per_node: %s",
+      options,
+      async (_, parallel, gpus_per_node, over = {}, train = {}) => {
+        const of = (dispatch: string, mesh: Parallel) => text(shape({ moe: { ...moe, experts: 8, ...over, dispatch } }), mesh, train);
+        const job = jobOf({ ...of("once_per_node", parallel), cluster: { gpus_per_node } });
+        expect(buildMesh(job).subAxes.length).toBeGreaterThan(1);
+        const { recompute: _recompute, ...alone } = train as { recompute?: object };
+        same(await numbers(job), await reference(text(shape({ moe: { ...moe, experts: 8, ...over } }), { world: 1 }, alone)));
+      },
+    );
   test("the dispatcher all_gather", full, async () => {
     const model = shape({ moe: { ...moe, dispatch: "all_gather" } });
     same(
@@ -229,11 +253,16 @@ describe("on grids that do not nest", () => {
       { world: 12, context: 2, expert: 3 },
       { dispatch: "once", router: { groups: 2, group_top_k: 1, aux_coeff: 0.05 } },
     ],
+    [
+      { world: 12, tensor: 3, sequence: true, expert: 4 },
+      { experts: 8, top_k: 3, dispatch: "once_per_node" },
+    ],
+    [{ world: 12, context: 3, expert: 2, expert_tensor: 2 }, { dispatch: "once_per_node" }],
   ];
   for (const { options, rows } of byTier(pairs, (_, i) => i === 6))
     test.each(rows.map((c) => [JSON.stringify(c), ...c] as const))("%s", options, async (_, parallel, over = {}, train = {}) => {
       const model = shape({ ...thirds, moe: { ...moeOfThirds, ...over } });
-      const job = jobOf(text(model, parallel, { global_batch: 12, ...train }));
+      const job = jobOf({ ...text(model, parallel, { global_batch: 12, ...train }), cluster: { gpus_per_node: 2 } });
       expect(hasSeparateGrids(buildMesh(job))).toBe(true);
       same(await numbers(job), await reference(text(model, { world: 1 }, { global_batch: 12 })));
     });
@@ -317,6 +346,7 @@ describe("with a capacity, for equal shardings of the sequence", () => {
     [{ factor: 1, pad: true }, "all_to_all"],
     [{ factor: 0.75 }, "once"],
     [{ factor: 1, pad: true }, "once"],
+    [{ factor: 0.75 }, "once_per_node"],
     [{ factor: 1.5, drop: "position", pad: true }, "all_gather"],
   ];
   const cases = capacities.map(([c, dispatch]) => [JSON.stringify(c), dispatch, c] as const);
@@ -328,7 +358,8 @@ describe("with a capacity, for equal shardings of the sequence", () => {
       const losses = [];
       const tried = isFull ? pieces : pieces.slice(1, 3);
       for (const meshes of tried) {
-        const [first, ...others] = meshes.map((mesh) => numbers(jobOf(text(model, mesh, train))));
+        const nodes = { cluster: { gpus_per_node: 2 } };
+        const [first, ...others] = meshes.map((mesh) => numbers(jobOf({ ...text(model, mesh, train), ...nodes })));
         for (const other of others) same(await other, await first!);
         losses.push((await first!).steps[0]!.loss);
       }

@@ -158,6 +158,7 @@ test("only these inputs have no gradient: numbers of tokens, inputs read for the
       "permute_rows: c",
       "unpermute_rows: c",
       "pack_rows: c",
+      "pack_row_groups: c",
     ]
   `);
 });
@@ -230,6 +231,7 @@ test("ops that are declared linear in one input are linear in it", () => {
     "gemm_wgrad dy",
     "head_layernorm_grad dy",
     "head_norm_grad dy",
+    "pack_row_groups_grad dy",
     "pack_rows_grad dy",
     "rope x",
     "rope_documents x",

@@ -132,6 +132,11 @@ describe.skipIf(noCompiler)(`plans with stand-ins for the driver and NCCL${noCom
       { moe: { ...moe, experts: 8, rows_bound: 4, dispatch: "once", shared: { ffn: 8, gate: true } } },
       { precision: "bf16" },
     ],
+    "tokens that are sent once to each node, and in it once to each rank, in pairs, bf16": [
+      { world: 4, expert: 4, expert_overlap: "interleave", gpus_per_node: 2 },
+      { moe: { ...moe, experts: 8, top_k: 3, rows_bound: 4, dispatch: "once_per_node" } },
+      { precision: "bf16" },
+    ],
     "bounded rows": [{ world: 4, expert: 4 }, { moe: { ...moe, experts: 8, rows_bound: 3 } }],
   } as const satisfies Record<string, readonly [object, object, object?]>;
   const inFast = [

@@ -122,9 +122,12 @@ const meshes = [
   ["fp32 with dropout and jitter", { world: 4, tensor: 2, sequence: true, context: 2, expert: 4 }, 1e-5, 2e-3],
   ["bf16 with dropout and jitter", { world: 2, tensor: 2, sequence: true, expert: 2 }, 5e-3, 0.4],
   ["fp32, tokens sent once to each rank,", { world: 4, tensor: 2, sequence: true, expert: 2, expert_tensor: 2 }, 1e-5, 2e-3],
+  ["fp32, tokens sent once to each node,", { world: 4, tensor: 2, sequence: true, expert: 4 }, 1e-5, 2e-3],
   // the first step overflows by far, and the next ones have room
   ["fp16", { world: 4, tensor: 2, sequence: true, pipeline: 2, expert: 2, distributed_optimizer: true }, 5e-3, 0.4],
 ] as const;
+const dispatchOf = (what: string): string =>
+  what.includes("each node") ? "once_per_node" : what.includes("each rank") ? "once" : "all_to_all";
 const loss_scale = { initial: 2 ** 40, hysteresis: 1, backoff: 2 ** -32 };
 
 describe.skipIf(missing)(`whole plans, emulated${missing}`, () => {
@@ -139,8 +142,9 @@ describe.skipIf(missing)(`whole plans, emulated${missing}`, () => {
           name: "whole",
           model: random
             ? { ...model, dropout: { attention: 0.2, hidden: 0.1 }, moe: { ...moe, router: { ...moe.router, jitter: 0.05 } } }
-            : { ...model, moe: { ...moe, dispatch: what.includes("once") ? "once" : "all_to_all" } },
+            : { ...model, moe: { ...moe, dispatch: dispatchOf(what) } },
           parallel,
+          cluster: { gpus_per_node: 2 },
           train: {
             ...{ micro_batch: 1, global_batch: 4, steps: 4, precision, optimizer: { lr: 1e-2 } },
             metrics: { parameter_norm: true, router_entropy: true },

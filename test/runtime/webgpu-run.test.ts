@@ -13,7 +13,7 @@ import { planMemory } from "../../src/passes/memory.ts";
 import { parsePlan } from "../../src/plan/read.ts";
 import { printPlan } from "../../src/plan/seal.ts";
 import { root } from "../support/checkout.ts";
-import { distance, fixture, jobOf } from "../support/job.ts";
+import { distance, fixture, jobOf, meshOf } from "../support/job.ts";
 import { noAdapter, noHalves } from "../support/softwareAdapter.ts";
 import { byTier, full } from "../support/tiers.ts";
 import { withoutF16 } from "../support/wgslExecutor.ts";
@@ -23,11 +23,11 @@ const W = 32;
 const model = { layers: 2, hidden: W, ffn: W, heads: 4, kv_heads: 4, head_dim: W / 4, vocab: 256, seq: 16 };
 const moe = { experts: 4, top_k: 2, ffn: W, router: { normalize_top_k: true, balance: "aux_loss", aux_coeff: 0.05, z_coeff: 0.01 } };
 const all = { parameter_norm: true, router_entropy: true };
-const jobWith = (parallel: object, more: object = {}, train: object = {}, data: object = {}): Job =>
+const jobWith = (placed: object, more: object = {}, train: object = {}, data: object = {}): Job =>
   jobOf({
     name: "webgpu",
     model: { ...model, ...more },
-    parallel,
+    ...meshOf(placed),
     train: {
       micro_batch: 1,
       global_batch: 4,
@@ -113,6 +113,10 @@ describe.skipIf(noAdapter)(`on WebGPU${noAdapter ? `: skipped, ${noAdapter}` : "
     "tokens that are sent once to each rank": jobWith(
       { world: 4, expert: 2, expert_tensor: 2 },
       { layers: 1, moe: { ...moe, dispatch: "once" } },
+    ),
+    "tokens that are sent once to each node": jobWith(
+      { world: 4, expert: 4, gpus_per_node: 2 },
+      { layers: 1, moe: { ...moe, top_k: 3, dispatch: "once_per_node" } },
     ),
     "choices that are even by themselves, of what is jittered": jobWith(
       { world: 1 },

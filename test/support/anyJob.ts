@@ -99,7 +99,7 @@ export const anyJob = (labelsFile: string) =>
             { factor: 0.75, drop: "position" },
             { factor: 1, pad: true },
           ),
-          dispatch: oneOf("all_to_all", "once", "all_gather"),
+          dispatch: oneOf("all_to_all", "once", "once_per_node", "all_gather"),
           shared: oneOf(null, null, { ffn: 24 }, { ffn: 24, gate: true }),
           latent: oneOf(null, null, 16),
           bias: fc.boolean(),
@@ -140,6 +140,7 @@ export const anyJob = (labelsFile: string) =>
         tensor_overlap: oneOf<"none" | "backward" | number>("none", "backward", 2),
       }),
       gradient_reduction: oneOf("f32", "f32", "bf16"),
+      gpus_per_node: oneOf(8, 2, 4),
       recompute: oneOf<object>(
         { mode: "none" },
         { mode: "none" },
@@ -181,6 +182,7 @@ export const anyJob = (labelsFile: string) =>
         optimizer_instances,
         overlap: { gradient_bucket, parameter_bucket, parameter_gather, expert_overlap, tensor_overlap },
         gradient_reduction,
+        gpus_per_node,
         recompute,
         micro_batch,
         mtp,
@@ -234,8 +236,14 @@ export const anyJob = (labelsFile: string) =>
         });
         const [labels, loss_weighting] = learnt;
         const train = { micro_batch, loss_weighting, optimizer, ...step };
+        const meshed = text(
+          shaped,
+          { ...drawn, ...own, world } as Parallel,
+          { ...train, recompute, gradient_reduction },
+          { labels, documents },
+        );
         return {
-          job: text(shaped, { ...drawn, ...own, world } as Parallel, { ...train, recompute, gradient_reduction }, { labels, documents }),
+          job: { ...meshed, cluster: { gpus_per_node } },
           alone: text(shaped, alone, train, { labels, documents }),
         };
       },

@@ -12,7 +12,7 @@ import { parsePlan } from "../../src/plan/read.ts";
 import { printPlan } from "../../src/plan/seal.ts";
 import { asCuda, bytesAt, imagesOf, noCompiler, standIn, withCubins } from "./cudaStandIn.ts";
 import { type Hand, handPlan } from "./handPlan.ts";
-import { jobOf } from "./job.ts";
+import { jobOf, meshOf } from "./job.ts";
 import { stepTogether } from "./steps.ts";
 
 export type Settings = Partial<Parameters<Awaited<ReturnType<typeof standIn>>["openCuda"]>[1]>;
@@ -75,12 +75,12 @@ export function standInWithFolder(prefix: string) {
 
 const model = { layers: 2, hidden: 16, ffn: 24, heads: 4, kv_heads: 2, head_dim: 4, vocab: 256, seq: 8 };
 export const moe = { experts: 4, top_k: 2, ffn: 8, router: { normalize_top_k: true, balance: "aux_loss", aux_coeff: 0.05, z_coeff: 0.01 } };
-export const planOf = (parallel: object, over: object = {}, train: object = {}): Plan =>
+export const planOf = (placed: object, over: object = {}, train: object = {}): Plan =>
   compile(
     jobOf({
       name: "stand-in",
       model: { ...model, ...over },
-      parallel,
+      ...meshOf(placed),
       train: { micro_batch: 1, global_batch: 8, steps: 4, precision: "fp32", init: { std: 0.2 }, optimizer: { lr: 1e-2 }, ...train },
       data: { path: "corpus.txt" },
     }),

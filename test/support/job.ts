@@ -31,6 +31,12 @@ export function distance(a: ArrayLike<number>, b: ArrayLike<number>): number {
 export const sameNumbers = (a: ArrayLike<number>, b: ArrayLike<number>): boolean =>
   a.length === b.length && Array.prototype.every.call(a, (x, i) => Object.is(x, b[i]));
 
+/** The sections of a job for a mesh, which may also say how many GPUs a node has. */
+export function meshOf(placed: object): object {
+  const { gpus_per_node = 8, ...parallel } = placed as { readonly gpus_per_node?: number };
+  return { parallel, cluster: { gpus_per_node } };
+}
+
 export const fixture = (path: string): string => new URL(`../fixtures/${path}`, import.meta.url).pathname;
 
 /** A watched value [B,S,…] with the tokens of each sequence by their positions, however they lay over context ranks. */

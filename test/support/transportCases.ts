@@ -127,7 +127,10 @@ function splitRows(): Drafted[] {
 
 /** Rows cut by sequence into lists, each sorted as all are; `spare` entries of the bound stay free, or are lacking. */
 const merges: Readonly<
-  Record<string, { B: number; S: number; E: number; share: number; count: number; cap: number; spare: number; gather?: number }>
+  Record<
+    string,
+    { B: number; S: number; E: number; share: number; count: number; cap: number; spare: number; gather?: number; places?: true }
+  >
 > = {
   "two lists": { B: 4, S: 5, E: 3, share: 0.4, count: 2, cap: 40, spare: 9 },
   "one list": { B: 2, S: 5, E: 3, share: 0.4, count: 1, cap: 30, spare: 0 },
@@ -135,18 +138,20 @@ const merges: Readonly<
   "a bound too small": { B: 4, S: 5, E: 3, share: 0.8, count: 4, cap: 15, spare: -7 },
   "no rows": { B: 2, S: 5, E: 3, share: 0, count: 2, cap: 15, spare: 4 },
   "lists of another rank before": { B: 4, S: 5, E: 3, share: 0.4, count: 2, cap: 40, spare: 3, gather: 2 },
+  // each list numbers its rows from 0: equal rows, and more of them than sequences
+  "places of three lists": { B: 6, S: 7, E: 3, share: 0.5, count: 3, cap: 60, spare: 5, places: true },
 };
 /** The first local expert, and the experts beside those of the rows. */
 const FIRST = 5;
 
 function mergeRows(): Drafted[] {
-  return Object.entries(merges).flatMap(([title, { B, S, E, share, count, cap, spare, gather = 0 }], i) => {
+  return Object.entries(merges).flatMap(([title, { B, S, E, share, count, cap, spare, gather = 0, places }], i) => {
     const rows = rowsOf(B, S, E, share, i).map(([b, s, e]): Row => [b, s, e + FIRST]);
     const length = 1 + 3 * cap + (i % 2);
     const bound = Math.max(1, rows.length + spare);
     const pieces = Array.from({ length: count }, (_, g) =>
       listOf(
-        rows.filter(([b]) => Math.floor((b * count) / B) === g),
+        rows.filter(([b]) => Math.floor((b * count) / B) === g).map(([b, s, e], place): Row => (places ? [place, 0, e] : [b, s, e])),
         length,
       ),
     );

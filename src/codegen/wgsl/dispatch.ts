@@ -1,6 +1,16 @@
 /** Kernels of dispatch once per rank: rows that carry the weights of a group of experts, and lists of such rows on the rank of the group. */
-import { packGroups, packGroupsGrad, packRows, packRowsGrad, permuteRows, rowChoices, unpermuteRows } from "../../ops/dispatch.ts";
-import { type GeneratedKernel, listAsTokens, operandOf, type SpecOf, wgslKernel } from "../kernelSpec.ts";
+import {
+  packGroups,
+  packGroupsGrad,
+  packRowGroups,
+  packRowGroupsGrad,
+  packRows,
+  packRowsGrad,
+  permuteRows,
+  rowChoices,
+  unpermuteRows,
+} from "../../ops/dispatch.ts";
+import { type GeneratedKernel, groupsOfList, listAsTokens, operandOf, type SpecOf, wgslKernel } from "../kernelSpec.ts";
 import { eachRow, fill, joined, rowKernels, withRows } from "./moe.ts";
 import { bindingOf, scalar } from "./text.ts";
 
@@ -20,9 +30,9 @@ function packOfGroupsGrad(spec: SpecOf<typeof packGroupsGrad>): GeneratedKernel 
 
 function choicesOfRows(spec: SpecOf<typeof rowChoices>): GeneratedKernel {
   const [v, c] = [operandOf(spec, "v"), operandOf(spec, "c")];
-  const type = scalar(c.dtype);
-  const line = `c[i] = select(${type}(0.0), ${type}(1.0), v[i] >= 0.0);`;
-  const marks = eachRow(spec, { vectors: spec.d.K, line, buffers: [bindingOf(v), bindingOf(c)] });
+  const [type, K] = [scalar(c.dtype), spec.d.K];
+  const line = `for (var j = 0u; j < ${K}u; j++) { if (v[i * ${K}u + j] >= 0.0) { c[i] = ${type}(1.0); } }`;
+  const marks = eachRow(spec, { vectors: spec.d.N, line, buffers: [bindingOf(v), bindingOf(c)] });
   return joined(spec, [fill(`${spec.name}_clear`, { arg: "c", name: "cleared", type }, c.size, "0.0"), marks]);
 }
 
@@ -31,6 +41,8 @@ export const dispatch = {
   pack_groups: wgslKernel(packGroups, packOfGroups),
   pack_groups_grad: wgslKernel(packGroupsGrad, packOfGroupsGrad),
   row_choices: wgslKernel(rowChoices, choicesOfRows),
+  pack_row_groups: wgslKernel(packRowGroups, (spec) => packOfGroups(groupsOfList(spec))),
+  pack_row_groups_grad: wgslKernel(packRowGroupsGrad, (spec) => packOfGroupsGrad(groupsOfList(spec))),
   permute_rows: wgslKernel(permuteRows, (spec) => rowKernels.copyToRows(listAsTokens(spec))),
   unpermute_rows: wgslKernel(unpermuteRows, (spec) => rowKernels.sumRows(listAsTokens(spec))),
   pack_rows: wgslKernel(packRows, (spec) => rowKernels.gatherWeights(listAsTokens(spec))),

@@ -164,7 +164,7 @@ function makeJob({ words, launch }: Found, settings: MegatronSettings, text: str
   if (note !== undefined) job.note(note);
   const world = launch ? worldOf(launch, settings.world, problems) : worldOfSettings(settings, problems);
   const sizes = putModel(importing, settings.vocab);
-  const hasExperts = putExperts(importing, sizes);
+  const hasExperts = putExperts(importing, sizes, world);
   const degrees = degreesOf(importing, hasExperts);
   const ranks = world ?? { ranks: smallestWorld(degrees), source: "" };
   putParallel(importing, ranks, sizes, degrees, hasExperts);

@@ -1,9 +1,9 @@
 /** Choice of the dim of one op that each sub-axis shards: the rules of shard.ts. */
-import { type DimSpec, expand, invariant, type Node, type Operand, type Value } from "../../ops/op.ts";
+import { type DimSpec, expand, invariant, type Node, type Operand, type Pin, type Value } from "../../ops/op.ts";
 import { sharersOf } from "../../ops/signature.ts";
 import { idOf } from "../backward.ts";
 import { PARTIAL_MAX, PARTIAL_SUM, pairs, REPLICATED, shardingOf } from "../layout.ts";
-import { subAxesOf } from "../mesh.ts";
+import { crossesNodes, subAxesOf } from "../mesh.ts";
 import type { Placements } from "./placements.ts";
 
 /** The dim of an op that a sub-axis shards, or that the output stays partial. Neither: the sub-axis shards no dim. */
@@ -74,19 +74,19 @@ function choose(
   const of = ins.findIndex(({ value, operand }) => copySums.get(value)?.includes(f) && node.op.linearIn === operand.name);
   if (of >= 0) return { partial: true, of, by: () => "the copies are partial sums" };
   const at = ins.map(({ value }) => shardingOf(placements.of(value).layout, f));
-  const local = ins.findIndex(({ value }) => value.local);
-  const rows = ins[local]?.operand.dimSpecs.slice(0, ins[local].operand.ragged) ?? [];
-  const held = rows[at[local] ?? REPLICATED];
-  if (held) return { dim: held.dim, by: () => `${ins[local]?.operand.name} has rows of this rank alone` };
   const linearAt = ins.findIndex(({ operand }) => operand.name === node.op.linearIn);
   if (at[linearAt] === PARTIAL_SUM && at.every((p, index) => index === linearAt || p === REPLICATED))
     return { partial: true, of: linearAt, by: () => "the op is linear in its partial input, and the ranks have the others" };
-  const pin = node.pins?.find(({ axis }) => subAxesOf(placements.mesh, axis).includes(f));
+  const pin = pinOf(node, f, placements.mesh);
   if (pin)
     return {
       dim: pin.dim,
-      by: (uses) => `the model pins ${pin.dim ?? "no dim"} at ${pin.axis} (${uses.node.pins?.find(({ axis }) => axis === pin.axis)?.path})`,
+      by: (uses) => `the model pins ${pin.dim ?? "no dim"} at ${pin.axis} (${pinOf(uses.node, f, placements.mesh)?.path})`,
     };
+  const local = localRowsOf(node, ins);
+  const rows = ins[local]?.operand.dimSpecs.slice(0, ins[local].operand.ragged) ?? [];
+  const held = rows[at[local] ?? REPLICATED];
+  if (held) return { dim: held.dim, by: () => `${ins[local]?.operand.name} has rows of this rank alone` };
   if (node.op.linear && at.every((p) => p === PARTIAL_SUM)) return { partial: true, by: () => "all inputs are partial sums" };
   const votes = pairs(ins, at).flatMap(([{ value, operand }, dimIndex], index) => {
     const spec = operand.dimSpecs[dimIndex];
@@ -111,6 +111,18 @@ function choose(
   return votes.find((x) => outs[0]?.operand.dimSpecs.some((s) => s.dim === x.dim)) ?? first;
 }
 
+/** Returns the pin of a sub-axis, if the model declares one. */
+const pinOf = ({ pins }: Node, f: number, mesh: Placements["mesh"]): Pin | undefined =>
+  pins?.find(({ axis, across }) => subAxesOf(mesh, axis).includes(f) && (across === undefined || crossesNodes(mesh, f)));
+
+/** Returns the index of the operand that says which rows of this rank a node has; -1 if its rows belong to no rank. */
+function localRowsOf({ op }: Node, ins: readonly OperandUse[]): number {
+  const isLocal = ({ value }: OperandUse): boolean => value.local === true;
+  const named = ins.findIndex((use) => isLocal(use) && use.operand.name === op.rowsLike);
+  const first = named >= 0 ? named : ins.findIndex(isLocal);
+  return first < 0 && op.localRows ? ins.findIndex(({ value }) => value.ragged > 0) : first;
+}
+
 const alongText = (dim: string): string => `sharded along ${dim.replace("#", "dim ")}`;
 
 /** Returns the id of an operand of a node. */
@@ -126,9 +138,12 @@ function updatedId(uses: NodeUses): string {
   return idOf(state.leaf);
 }
 
-/** Returns the sub-axes of each dim, outermost first: in the order of state or of a parameter, else of the operand with the most; then by stride. */
+/**
+ * Returns the sub-axes of each dim, outermost first: in the order of state or of a parameter, else of the operand with the most; then by stride. A
+ * dim that the model pins to axes has the order of strides.
+ */
 export function orderSubAxes(
-  { ins, outs }: NodeUses,
+  { node, ins, outs }: NodeUses,
   chosen: readonly SubAxisChoice[],
   placements: Placements,
 ): Map<string, readonly number[]> {
@@ -142,7 +157,7 @@ export function orderSubAxes(
   }
   for (const [dim, own] of byDim) {
     // most dims have one sub-axis, which has no order
-    if (own.length < 2) {
+    if (own.length < 2 || node.pins?.some((pin) => pin.dim === dim && pin.across === undefined)) {
       dims.set(dim, own);
       continue;
     }

@@ -6,7 +6,7 @@ import { subAxesOf } from "../mesh.ts";
 import type { NodeSharder } from "./nodeSharder.ts";
 import { type Placements, replicated } from "./placements.ts";
 import { resultReason } from "./reasons.ts";
-import type { Resharder } from "./resharder.ts";
+import { isByPlace, type Resharder } from "./resharder.ts";
 import type { ShardStep } from "./steps.ts";
 
 /** Moves a complete gradient to the layout of its value, and emits the accumulation of a parameter's gradient. */
@@ -44,7 +44,8 @@ export class GradientSharder {
       const kind = shardingOf(layout, f);
       return isParameter || copySums.includes(f) ? kind === REPLICATED : kind === PARTIAL_SUM || kind === PARTIAL_MAX;
     });
-    this.#nodes.moveTo(v, { ...layout, partialSum, partialMax: [] }, `the gradient of ${idOf(of)} takes its layout`, backward, into);
+    const destination = { backward, byPlace: of.node && isByPlace(of.node), into };
+    this.#nodes.moveTo(v, { ...layout, partialSum, partialMax: [] }, `the gradient of ${idOf(of)} takes its layout`, destination);
     if (!isParameter) return;
     const shardedValue: ShardedValue = { value: v, layout: this.#placements.of(v).layout };
     into.push({ kind: "accumulate", stage, parameter: of, shardedValue });

@@ -44,12 +44,21 @@ export function insertRegrids(model: ModelGraph, mesh: Mesh): ModelGraph {
       const isTokens = v.ragged === 0 && v.leaf?.kind !== "parameter";
       return isTokens ? enter(left.get(v) ?? v, `${node.id}.${node.op.inputs[i]?.name}`) : v;
     });
-    const made = withArgs(node, operands);
+    const made = inExpertGrid(withArgs(node, operands));
     // the declared axes of a dense result are those of the dense grid: the regrid takes them over
     const inGrid = changed(made, { outs: made.outs.map(({ shardAxes: _, ...out }) => out) });
     for (const out of inGrid.outs) if (out.ragged === 0) left.set(out, leave(out, made.outs[out.out]?.shardAxes));
     return inGrid;
   });
+}
+
+/** Returns a node whose pins of tokens, if it has any, are those of the expert grid. */
+function inExpertGrid(node: Node): Node {
+  const pins = node.pins?.flatMap((pin) => {
+    if (!denseTokens.flat().includes(pin.axis)) return [pin];
+    return pin.axis === "dp" ? expertTokens.flat().map((axis) => ({ ...pin, dim: "B", axis })) : [];
+  });
+  return pins ? changed(node, { pins }) : node;
 }
 
 /** Returns the first two sizes of tokens. */

@@ -8,7 +8,7 @@ export function nodeForm({ node, ins, outs }: NodeUses, placements: Placements, 
   const { op, size, pins = [], ring } = node;
   let form: string = op.name;
   for (const name of sizesOf(node.op, ins, outs)) form += ` ${size[name]}`;
-  for (const pin of pins) form += ` pin ${pin.axis} ${pin.dim ?? ""}`;
+  for (const pin of pins) form += ` pin ${pin.axis} ${pin.across ?? ""} ${pin.dim ?? ""}`;
   if (ring) form += ` ring ${ring.dim} ${ring.as}`;
   for (const { value } of ins) {
     form += `|${placements.numberOf(value)} ${value.leaf?.kind ?? ""}${value.local ? "local" : ""}`;

@@ -16,7 +16,7 @@ import { nodeForm } from "./nodeForm.ts";
 import type { Placements } from "./placements.ts";
 import { operandReason, resultReason } from "./reasons.ts";
 import { regridDims } from "./regridDims.ts";
-import type { Resharder } from "./resharder.ts";
+import { type Destination, isByPlace, type Resharder } from "./resharder.ts";
 import type { ShardStep } from "./steps.ts";
 
 /** What is decided for one node, and for all of its form. */
@@ -73,7 +73,11 @@ export class NodeSharder {
     const { chosen, dims, operands, results } = decision;
     const { backward } = node;
     const ins = pairs(uses.ins, operands).map(([use, want]) =>
-      this.#resharder.reshard(use.value, want, { stage, backward, why: operandReason(mesh, uses, use, chosen), into }),
+      this.#resharder.reshard(use.value, want, {
+        ...{ stage, backward, byPlace: isByPlace(node) },
+        why: operandReason(mesh, uses, use, chosen),
+        into,
+      }),
     );
     const outs = pairs(uses.outs, results).map(([{ value }, { layout, copySums }]) => {
       this.setCopySums(value, copySums);
@@ -83,11 +87,11 @@ export class NodeSharder {
     else into.push(...pairs(ins, outs).map(([from, to]) => regridStep(node, stage, from, to)));
   }
 
-  /** Changes the placement of a value to another layout. */
-  moveTo(v: Value, layout: Layout, because: string, backward: boolean, into: ShardStep[]): void {
+  /** Changes the placement of a value to another layout. `byPlace`: as in a destination of the resharder. */
+  moveTo(v: Value, layout: Layout, because: string, { backward, byPlace, into }: Omit<Destination, "stage" | "why">): void {
     const { stage } = this.#placements.of(v);
     const why = resultReason(this.#placements.mesh, v.node?.id ?? "", because, v, v);
-    this.#placements.place(v, this.#resharder.reshard(v, layout, { stage, backward, why, into }).layout, stage);
+    this.#placements.place(v, this.#resharder.reshard(v, layout, { stage, backward, byPlace, why, into }).layout, stage);
   }
 
   #decide(uses: NodeUses): Decision {

@@ -1,5 +1,5 @@
 /** Resharder: makes a value available on a stage and in a layout, by transfers, collectives and local copies. Each copy is made once. */
-import { invariant, type Value } from "../../ops/op.ts";
+import { invariant, type Node, type Value } from "../../ops/op.ts";
 import { idOf } from "../backward.ts";
 import {
   continues,
@@ -25,6 +25,11 @@ export interface Destination {
   /** The virtual stage. */
   readonly stage: number;
   readonly backward: boolean;
+  /**
+   * Whether ops there number ragged rows by their places. Then the tokens of a rank need not be one block: rows that come from other nodes are
+   * of the blocks of all these, and go back to them. The layout of their tokens on both sides is pinned.
+   */
+  readonly byPlace?: boolean | undefined;
   /** Returns the origin of a step over some sub-axes. */
   readonly why: (subAxes: readonly number[]) => Reason;
   readonly into: ShardStep[];
@@ -46,16 +51,19 @@ export class Resharder {
 
   /** Emits transfers, then reshard steps. All-gathers are repeated in backward, so that gathered values do not stay in memory. Returns the copy. */
   reshard(v: Value, want: Layout, destination: Destination): ShardedValue {
+    const { byPlace } = destination;
     const placed = this.#placements.of(v);
     const { layout } = placed;
     // most operands are where the op needs them
     if (layout === want && placed.stage === destination.stage) return placed;
     invariant(
-      !v.local || layout.shardedBy.slice(0, v.ragged).every((fs, dim) => areEqual(fs, want.shardedBy[dim] ?? [])),
-      () => `${idOf(v)} has rows of each rank alone, which cannot be exchanged`,
+      !v.local || this.#placements.every.every((f) => isWayToExpert(v, shardingOf(layout, f), shardingOf(want, f))),
+      () => `${idOf(v)} has rows of each rank alone, which go to the ranks of their experts and nowhere else`,
     );
     const start = this.#deliver(v, destination);
-    const isReordered = pairs(layout.shardedBy, want.shardedBy).map(([from, to]) => !continues(from, to) && !continues(to, from));
+    const nests = (a: readonly number[], b: readonly number[], dim: number) =>
+      dim < v.ragged && (byPlace || (v.node && isByPlace(v.node))) ? isPartOf(a, b) : continues(a, b);
+    const isReordered = pairs(layout.shardedBy, want.shardedBy).map(([from, to], dim) => !nests(from, to, dim) && !nests(to, from, dim));
     if (!isReordered.some(Boolean)) return this.#reshardFrom(start, want, destination);
     // sub-axes of a dim change their order: gather that dim first
     const gathered = pairs(layout.shardedBy, isReordered).map(([fs, reordered]) => (reordered ? [] : fs));
@@ -121,7 +129,8 @@ export class Resharder {
         partialMax: every.filter((f) => now(f) === PARTIAL_MAX),
       };
       const repeats = shardedValue.variant?.repeats ? 1 : 0;
-      const variant: Variant = { virtualStage, blockAxes: isIntermediate(layout, blockAxes) ? blockAxes : undefined, repeats };
+      const numbered = !isSame(layout, target) && isIntermediate(layout, blockAxes);
+      const variant: Variant = { virtualStage, blockAxes: numbered ? blockAxes : undefined, repeats };
       const to: ShardedValue = { value: v, layout, variant };
       const key = `${stage}|${layoutKey(to)}`;
       const made = known.get(key);
@@ -136,6 +145,26 @@ export class Resharder {
     }
     return shardedValue;
   }
+}
+
+/** Returns whether a node has its rows by place, on the ranks of nodes. */
+export const isByPlace = ({ pins = [] }: Node): boolean => pins.some(({ across }) => across !== undefined);
+
+/** Returns whether `b` has the sub-axes of `a` in the same order. */
+const isPartOf = (a: readonly number[], b: readonly number[]): boolean =>
+  areEqual(
+    a,
+    b.filter((f) => a.includes(f)),
+  );
+
+/**
+ * Returns whether a sub-axis may change from one dim of a ragged value to another where its rows are numbered by their places: rows go to the
+ * ranks of their experts and back, and their numbers stay.
+ */
+function isWayToExpert({ ragged }: Value, from: number, to: number): boolean {
+  const expert = ragged - 1;
+  const isOfPlaces = (dim: number): boolean => dim >= 0 && dim < expert;
+  return from === to || (isOfPlaces(from) ? to === expert : !isOfPlaces(to) || from === expert);
 }
 
 const isSame = (a: Layout, b: Layout): boolean =>

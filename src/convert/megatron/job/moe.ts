@@ -1,12 +1,14 @@
 /** The section `model.moe` of a job: experts, router, dispatch and capacity. */
+import { nodesOfExperts } from "../../../../schemas/experts.ts";
 import type { MappedName } from "../arguments/spec.ts";
 import { putExpertBiases } from "./feedForward.ts";
 import type { Importing } from "./importing.ts";
 import { evaluatePattern } from "./layerPattern.ts";
 import type { ModelSizes } from "./model.ts";
+import { degreesOf, smallestWorld, type World } from "./parallel.ts";
 
 /** Puts the keys of `model.moe`, if the launch has experts. Returns whether it has. */
-export function putExperts({ args, job }: Importing, { layers, ffn }: ModelSizes): boolean {
+export function putExperts({ args, job }: Importing, { layers, ffn }: ModelSizes, world: World | undefined): boolean {
   const experts = args.numberIfGiven("num-experts") ?? 0;
   if (experts === 0) return false;
   const pattern = evaluatePattern(args.textIfGiven("moe-layer-freq") ?? "1");
@@ -27,11 +29,26 @@ export function putExperts({ args, job }: Importing, { layers, ffn }: ModelSizes
   const latent = args.numberIfGiven("moe-latent-size");
   if (latent !== undefined) job.put("model.moe.latent", latent, ["moe-latent-size"]);
   putRouter({ args, job });
-  // the libraries of the flex dispatcher send a token once to each rank, and the ranks of experts return sums
-  const dispatch = { allgather: "all_gather", alltoall: "all_to_all", flex: "once" }[args.text("moe-token-dispatcher-type")];
+  const dispatch = { allgather: "all_gather", alltoall: "all_to_all", flex: onceTo({ args, job }, world) }[
+    args.text("moe-token-dispatcher-type")
+  ];
   job.put("model.moe.dispatch", dispatch, ["moe-token-dispatcher-type"]);
   putCapacity({ args, job });
   return true;
+}
+
+/** The libraries of the flex dispatcher send a token once to each node, and in it once to each rank, and the ranks of experts return sums. */
+function onceTo(importing: Importing, world: World | undefined): "once" | "once_per_node" {
+  const { expertTensor: expert_tensor, ...degrees } = degreesOf(importing, true);
+  const order = importing.args.has("use-tp-pp-dp-mapping") ? "tp-cp-ep-pp-dp" : "tp-cp-ep-dp-pp";
+  const parallel = {
+    ...degrees,
+    expert_tensor,
+    order,
+    world: world?.ranks ?? smallestWorld({ ...degrees, expertTensor: expert_tensor }),
+  } as const;
+  const found = nodesOfExperts({ parallel, cluster: { gpus_per_node: world?.perNode ?? 8 } });
+  return found && found.nodes > 1 && found.perNode > 1 ? "once_per_node" : "once";
 }
 
 function putLayers({ args, job }: Importing, layers: number): void {
