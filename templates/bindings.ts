@@ -334,6 +334,19 @@ interface CudaGemmF32Cu {
   readonly vectorB: string | number;
 }
 
+interface CudaGemmF32PipelinedCu {
+  readonly more: readonly { readonly a: string | number; readonly b: string | number; readonly depth: string | number; readonly end: string | number; readonly from: string | number }[];
+  readonly name: string | number;
+  readonly offsets: string | number;
+  readonly pitch: string | number;
+  readonly ragged: boolean;
+  readonly stages: string | number;
+  readonly tf32: boolean;
+  readonly tiles: string | number;
+  readonly unitA: string | number;
+  readonly unitB: string | number;
+}
+
 interface CudaGemmMmaCu {
   readonly alignedA: string | number;
   readonly alignedB: string | number;
@@ -1416,6 +1429,7 @@ export interface Templates {
   readonly "cuda/f16.cuh": CudaF16Cuh;
   readonly "cuda/gemm_epilogue.cuh": CudaGemmEpilogueCuh;
   readonly "cuda/gemm_f32.cu": CudaGemmF32Cu;
+  readonly "cuda/gemm_f32_pipelined.cu": CudaGemmF32PipelinedCu;
   readonly "cuda/gemm_mma.cu": CudaGemmMmaCu;
   readonly "cuda/gemm_tiles.cuh": CudaGemmTilesCuh;
   readonly "cuda/gemm_wgmma.cu": CudaGemmWgmmaCu;

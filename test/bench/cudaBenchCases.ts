@@ -84,6 +84,12 @@ const products = { "": "bf16 bf16 bf16", _dgrad: "bf16 bf16 bf16", _wgrad: "bf16
 const gemm = (size: number, suffix: keyof typeof products): CaseDraft =>
   one(`gemm${suffix} ${size}x${size}x${size}`, `gemm${suffix}`, { B: 1, S: size, K: size, N: size }, products[suffix]);
 
+/** Forward, dgrad and wgrad of a product of S rows in f32. */
+const inF32 = (S: number, N: number, K: number): CaseDraft[] =>
+  (["gemm", "gemm_dgrad", "gemm_wgrad"] as const).map((op) =>
+    one(`${op.replace("gemm", "gemm f32").replace("_", " ")} ${S}x${N}x${K}`, op, { B: 1, S, K, N }, "f32 f32 f32"),
+  );
+
 /** Forward, dgrad and wgrad of one product of rows with their experts' weights. */
 function grouped(model: string, rows: number, N: number, K: number, E: number, uneven: number): CaseDraft[] {
   const counts = unevenCounts(rows, E, uneven);
@@ -181,7 +187,9 @@ const drafts: readonly CaseDraft[] = [
   ...grouped("Qwen3-30B gate+up", 131072, 1536, 2048, 128, 5.93),
   // half of the rows have 4 of 128 experts, as a router with random weights does it
   ...grouped("Qwen3-30B gate, uneven", 65536, 768, 2048, 128, 20),
-  one("gemm f32 4096x4096x4096", "gemm", { B: 1, S: 4096, K: 4096, N: 4096 }, "f32 f32 f32"),
+  ...inF32(4096, 4096, 4096),
+  // gate of llama-125m
+  ...inF32(16384, 2048, 768),
   ...attentionShapes.flatMap((shape) => attentions(shape)),
   ...attentions([2, 32, 8, 4096, 128, 128], 0.1),
   ...attentions([16, 12, 12, 1024, 64, 64], 0.1),

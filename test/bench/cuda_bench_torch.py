@@ -62,18 +62,22 @@ class Cases:
         return {"matmul": lambda: torch.matmul(x, w, out=out), "matmul, w [N,K]": lambda: torch.matmul(x, turned, out=out)}
 
     def reference_gemm_dgrad(self, d, b, case):
-        return {"dx": flat(b["dy"]).float() @ b["w"].float().t()}
+        wide = torch.float64 if case["dtype"] == "f32" else torch.float32
+        return {"dx": flat(b["dy"]).to(wide) @ b["w"].to(wide).t()}
 
     def peers_gemm_dgrad(self, d, b, case):
         dy, w, out = flat(b["dy"]), b["w"].t(), torch.empty_like(flat(b["dx"]))
         return {"matmul": lambda: torch.matmul(dy, w, out=out)}
 
     def reference_gemm_wgrad(self, d, b, case):
-        return {"dw": flat(b["x"]).float().t() @ flat(b["dy"]).float()}
+        wide = torch.float64 if case["dtype"] == "f32" else torch.float32
+        return {"dw": flat(b["x"]).to(wide).t() @ flat(b["dy"]).to(wide)}
 
     def peers_gemm_wgrad(self, d, b, case):
         x, dy = flat(b["x"]).t(), flat(b["dy"])
-        out = torch.empty_like(b["dw"], dtype=torch.bfloat16)
+        out = torch.empty_like(b["dw"], dtype=x.dtype)
+        if case["dtype"] == "f32":
+            return {"matmul": lambda: torch.matmul(x, dy, out=out)}
         return {
             "matmul, bf16 out": lambda: torch.matmul(x, dy, out=out),
             "mm, f32 out": lambda: torch.mm(x, dy, out_dtype=torch.float32),

@@ -78,6 +78,7 @@ struct Copy {
   void* to;
   const void* from;
   int bytes;
+  int unit;
   int group;
 };
 struct Fiber {
@@ -338,17 +339,18 @@ inline word ballot(word mask, const char* what, bool yes) {
 inline word sharedAddress(const void* p) { return word(reinterpret_cast<const unsigned char*>(p) - dynamicShared); }
 inline unsigned char* sharedPointer(word address) { return dynamicShared + int(address); }
 
-inline void copyAsync(word shared, const void* from, int bytes) {
+/** Copies `bytes` of a unit of 16 or 4 bytes: all or none; the others become zeros. */
+inline void copyAsync(word shared, const void* from, int bytes, int unit = 16) {
   Fiber& f = fibers[current];
-  if (shared % 16 || (bytes && reinterpret_cast<uintptr_t>(from) % 16)) fail("cp.async of 16 bytes between addresses that are no multiples of 16");
+  if (shared % unit || (bytes && reinterpret_cast<uintptr_t>(from) % unit)) fail("cp.async of %d bytes between addresses that are no multiples of it", unit);
   if (f.copyCount == 512) fail("more than 512 copies under way");
-  f.copies[(f.firstCopy + f.copyCount++) % 512] = {sharedPointer(shared), from, bytes, f.groups};
+  f.copies[(f.firstCopy + f.copyCount++) % 512] = {sharedPointer(shared), from, bytes, unit, f.groups};
 }
 inline void finishCopies(Fiber& f, int pending) {
   while (f.copyCount && (pending < 0 || f.copies[f.firstCopy].group < f.groups - pending)) {
     const Copy& c = f.copies[f.firstCopy];
-    if (c.bytes) memcpy(c.to, c.from, 16);
-    else memset(c.to, 0, 16);
+    if (c.bytes) memcpy(c.to, c.from, c.unit);
+    else memset(c.to, 0, c.unit);
     f.firstCopy = (f.firstCopy + 1) % 512;
     f.copyCount--;
   }

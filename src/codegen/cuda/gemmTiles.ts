@@ -87,15 +87,13 @@ function partOf(p: MatrixProduct): number {
   return Math.ceil(p.depth / parts / STEP) * STEP;
 }
 
-/** Returns the kernel of a product with operands of any float types. If `part` is below the depth, sums go to scratch and a second launch adds them in order. */
-export function simt(
-  spec: KernelSpec,
-  p: MatrixProduct,
-  part: number = partOf(p),
-  edge: Edge = part < p.depth ? 128 : edgeOf(p, [128, 64, 32]),
-): GeneratedKernel {
-  const parts = Math.ceil(p.depth / part);
-  const sums = parts > 1 ? { ...p, adds: false, c: { ...p.c, dtype: "f32" as const } } : p;
+interface Block {
+  readonly body: string;
+  readonly threads: number;
+  readonly shared: number;
+}
+/** Returns a kernel that reads operands of any float types through registers. */
+function fetched(spec: KernelSpec, p: MatrixProduct, edge: Edge, part?: number): Block {
   const each = edge === 128 ? 8 : 4;
   const vector = (operand: "a" | "b") => (areMultiples(p, operand, 4) ? 4 : 1);
   const body = render("cuda/gemm_f32.cu", {
@@ -107,11 +105,37 @@ export function simt(
       a: cudaType(p.a.dtype),
       b: cudaType(p.b.dtype),
     },
-    ...{ vectorA: vector("a"), vectorB: vector("b"), tiles: tilesText(sums, edge, STEP, parts > 1 ? part : undefined) },
+    ...{ vectorA: vector("a"), vectorB: vector("b"), tiles: tilesText(p, edge, STEP, part) },
     more: moreOperands(addendsOf(p, STEP).addends),
   });
-  const threads = (edge / each) ** 2;
-  if (parts === 1) return launched(spec, p, edge, { threads, shared: 0 }, body);
+  return { body, threads: (edge / each) ** 2, shared: 0 };
+}
+
+/** Returns a kernel for f32 operands in tiles of 128 x 128 with asynchronous copies. With `tf32`, tensor cores multiply operands rounded to TF32. */
+function pipelined(spec: KernelSpec, p: MatrixProduct, edge: Edge, part?: number, tf32 = false): Block {
+  const [stages, step] = tf32 ? [3, 16] : [4, 8];
+  const pitch = edge + (tf32 ? 8 : 4);
+  const unit = (operand: "a" | "b") => (!p[operand].depthFirst && areMultiples(p, operand, 4) ? 4 : 1);
+  const body = render("cuda/gemm_f32_pipelined.cu", {
+    ...{ name: spec.name, ragged: p.ragged !== undefined, offsets: p.offsets, stages, pitch, tf32 },
+    ...{ unitA: unit("a"), unitB: unit("b"), tiles: tilesText(p, edge, step, part) },
+    more: moreOperands(addendsOf(p, step).addends),
+  });
+  return { body, threads: 128, shared: stages * 2 * step * pitch * bytesOf.f32 };
+}
+
+/** Returns the kernel of a product with operands of any float types. If `part` is below the depth, sums go to scratch and a second launch adds them in order. */
+export function simt(
+  spec: KernelSpec,
+  p: MatrixProduct,
+  part: number = partOf(p),
+  edge: Edge = part < p.depth ? 128 : edgeOf(p, [128, 64, 32]),
+): GeneratedKernel {
+  const parts = Math.ceil(p.depth / part);
+  const sums = parts > 1 ? { ...p, adds: false, c: { ...p.c, dtype: "f32" as const } } : p;
+  const isPipelined = edge === 128 && p.a.dtype === "f32" && p.b.dtype === "f32";
+  const { body, threads, shared } = (isPipelined ? pipelined : fetched)(spec, sums, edge, parts > 1 ? part : undefined);
+  if (parts === 1) return launched(spec, p, edge, { threads, shared }, body);
   const to = operandOf(spec, p.c.name);
   const size = p.m * p.n;
   const total = size % 4 === 0 ? sumParts(spec, parts, size, to) : sumColumns(spec, { rows: parts, width: size, to });
@@ -119,6 +143,6 @@ export function simt(
   return {
     source: source(spec, `${body}\n${total.body}`),
     scratch: parts * p.m * p.n * bytesOf.f32,
-    launches: [{ entry: spec.name, grid: [...grid], threads, shared: 0, args: [p.a.name, p.b.name, scratchStart] }, total.launch],
+    launches: [{ entry: spec.name, grid: [...grid], threads, shared, args: [p.a.name, p.b.name, scratchStart] }, total.launch],
   };
 }
