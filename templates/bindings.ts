@@ -798,6 +798,23 @@ interface CudaTopKMaskCu {
   readonly x: string | number;
 }
 
+interface CudaTopKWarpCu {
+  readonly bias: boolean;
+  readonly groupScores: string | number;
+  readonly groupSize: string | number;
+  readonly groupTopK: string | number;
+  readonly grouped: boolean;
+  readonly groups: string | number;
+  readonly k: string | number;
+  readonly name: string | number;
+  readonly rows: string | number;
+  readonly sign: string | number;
+  readonly threshold: boolean;
+  readonly vector: string | number;
+  readonly width: string | number;
+  readonly x: string | number;
+}
+
 interface CudaTotalCu {
   readonly adds: boolean;
   readonly count: string | number;
@@ -1463,6 +1480,7 @@ export interface Templates {
   readonly "cuda/sum_parts.cu": CudaSumPartsCu;
   readonly "cuda/take_rows.cu": CudaTakeRowsCu;
   readonly "cuda/top_k_mask.cu": CudaTopKMaskCu;
+  readonly "cuda/top_k_warp.cu": CudaTopKWarpCu;
   readonly "cuda/total.cu": CudaTotalCu;
   readonly "cuda/uniform_mask.cu": CudaUniformMaskCu;
   readonly "cuda/weights.cu": CudaWeightsCu;

@@ -90,6 +90,33 @@ describe.skipIf(missing)(`CUDA kernels, emulated${missing ? ` (skipped: ${missin
     await holds({ op: "embed_grad", d: { B, S, V, D }, data, accumulates: ["dtable"] });
   });
 
+  // scores in steps of an eighth, so that many are equal, both zeros, infinities, and a token with fewer numbers than it may choose
+  const scores = (tokens: number, E: number) => {
+    const x = noise(tokens * E).map((v) => Math.floor(8 * v) / 8);
+    x.set([Number.POSITIVE_INFINITY, -0, 0, Number.NEGATIVE_INFINITY]);
+    x.fill(Number.NaN, (tokens - 1) * E + 3);
+    return x;
+  };
+  const routers = [
+    { E: 128, k: 8 },
+    { E: 32, k: 32 },
+    { E: 48, k: 5 },
+    { E: 512, k: 10 },
+    { E: 256, k: 8, groups: 8, group_top_k: 4, group_scores: 2 },
+    { E: 64, k: 6, groups: 2, group_top_k: 1, group_scores: 3 },
+    { E: 64, k: 3, groups: 1 },
+    { E: 100, k: 4 },
+  ];
+  test.each(routers)("the router takes the best of the experts, of equal ones the first: $E experts, $k each", async (own) => {
+    const [B, S] = [1, 19];
+    const d = { B, S, groups: 1, group_top_k: 1, group_scores: 0, ...own };
+    const data = { x: scores(S, own.E), c: new Float32Array(S * own.E) };
+    await holds({ op: "top_k_mask", d, data });
+    // a bias of NaN has no order in the reference
+    const finite = data.x.map((v) => (Number.isNaN(v) ? -3 : v));
+    await holds({ op: "top_k_mask_biased", d: { ...d, sign: -1 }, data: { ...data, x: finite, bias: noise(own.E) } });
+  });
+
   test("rope keeps its precision at a million positions", async () => {
     const [B, S, H, C] = [1, 6, 3, 64];
     const data = { x: noise(B * S * H * C), y: new Float32Array(B * S * H * C) };

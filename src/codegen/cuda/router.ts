@@ -55,18 +55,34 @@ export const router = {
 
 /** Writes the mask of the best experts of each token, or their least value, to the launch argument `to`. */
 export function bestExperts(name: string, s: ExpertSelection, to: KernelArg): KernelPart {
-  // at most one warp per token, with any number of values per lane
-  const { lanes, ...shares } = shareRow(s.experts, vectorOf(s.experts, [s.x.dtype, "f32"]), Number.POSITIVE_INFINITY);
-  const { bias } = s;
   invariant(s.k <= s.experts, `a token cannot take ${s.k} of ${s.experts} experts`);
-  const body = render("cuda/top_k_mask.cu", {
-    ...{ name, ...shares, lanes, width: s.experts, rows: s.tokens, k: s.k, x: cudaType(s.x.dtype), threshold: s.threshold },
+  const { bias } = s;
+  const values = {
+    ...{ name, width: s.experts, rows: s.tokens, k: s.k, x: cudaType(s.x.dtype), threshold: s.threshold },
     ...{ bias: bias !== undefined, sign: f32(bias?.sign ?? 0), grouped: s.groups > 1, groups: s.groups },
     ...{ groupSize: s.groupSize, groupTopK: s.groupTopK, groupScores: s.groupScores },
-  });
-  const grid: [number, number, number] = [Math.ceil(s.tokens / (shares.threads / lanes)), 1, 1];
+  };
   const args = [s.x.name, ...(bias ? [bias.operand.name] : []), to];
+  const vector = scoresOfLane(s);
+  if (vector !== undefined) {
+    const body = render("cuda/top_k_warp.cu", { ...values, vector });
+    return { body, launch: { entry: name, grid: [Math.ceil(s.tokens / 8), 1, 1], threads: 256, shared: 0, args } };
+  }
+  // at most one warp per token, with any number of values per lane
+  const { lanes, ...shares } = shareRow(s.experts, vectorOf(s.experts, [s.x.dtype, "f32"]), Number.POSITIVE_INFINITY);
+  const body = render("cuda/top_k_mask.cu", { ...values, ...shares, lanes });
+  const grid: [number, number, number] = [Math.ceil(s.tokens / (shares.threads / lanes)), 1, 1];
   return { body, launch: { entry: name, grid, threads: shares.threads, shared: 0, args } };
+}
+/**
+ * Returns how many adjacent scores a lane holds if each lane of a warp sorts its own: 32 to 512 experts, as a multiple of them, in groups of whole
+ * lanes. Undefined for others.
+ */
+function scoresOfLane({ experts, groups, groupSize }: ExpertSelection): number | undefined {
+  const each = Math.max(1, 2 ** Math.ceil(Math.log2(experts / 32)));
+  if (experts < 32 || each > 16 || experts % each !== 0) return undefined;
+  const groupLanes = groupSize / each;
+  return groups === 1 || (groupLanes >= 1 && groupLanes <= 32 && Number.isInteger(Math.log2(groupLanes))) ? each : undefined;
 }
 
 /** Keys of a selection of tokens, and what it writes, in CUDA. */
