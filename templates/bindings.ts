@@ -279,17 +279,16 @@ interface CudaElementwiseCu {
 }
 
 interface CudaEmbedGradCu {
-  readonly buckets: string | number;
-  readonly capacity: string | number;
-  readonly columns: string | number;
+  readonly adds: boolean;
   readonly dtable: string | number;
   readonly dy: string | number;
-  readonly ids: string | number;
+  readonly frequent: string | number;
   readonly name: string | number;
-  readonly threads: string | number;
+  readonly present: string | number;
   readonly tokens: string | number;
   readonly vector: string | number;
   readonly vocabulary: string | number;
+  readonly warps: string | number;
   readonly width: string | number;
 }
 

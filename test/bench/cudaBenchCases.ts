@@ -240,8 +240,7 @@ const drafts: readonly CaseDraft[] = [
   },
   one("embed 65536x4096, 32000 words", "embed", words, "i32 bf16 bf16", { unread: ["table"], bytes: T * (D * 4 + 4) }),
   one("embed_grad 65536x4096, 32000 words", "embed_grad", words, "i32 bf16 bf16 f32", { unread: ["table"] }),
-  // of x every row is read, most of them several times: the first time counts
-  one("take_rows 131072x4096", "take_rows", { I: 16384 * D, N: rowsBound, O: rowsBound * D, width: D }, "bf16 i32 bf16"),
+  one("take_rows 131072x4096 of 8 ranks", "take_rows", { I: rowsBound * D, N: rowsBound, O: rowsBound * D, width: D }, "bf16 i32 bf16"),
 ];
 
 // -- kernel specs as a plan has them

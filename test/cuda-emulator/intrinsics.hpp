@@ -67,6 +67,10 @@ inline unsigned __reduce_max_sync(unsigned mask, unsigned x) {
   for (int by = 16; by > 0; by /= 2) x = max(x, __shfl_xor_sync(mask, x, by));
   return x;
 }
+inline unsigned __reduce_min_sync(unsigned mask, unsigned x) {
+  for (int by = 16; by > 0; by /= 2) x = min(x, __shfl_xor_sync(mask, x, by));
+  return x;
+}
 inline void sincospif(float x, float* sine, float* cosine) {
   *sine = float(sin(M_PI * x));
   *cosine = float(cos(M_PI * x));

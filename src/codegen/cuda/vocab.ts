@@ -8,9 +8,9 @@ import { sumOfIds } from "../../ops/paddedVocab.ts";
 import { embedGrad, softmaxTerms, sourceLosses } from "../../ops/vocab.ts";
 import { formulaText } from "../formulaText.ts";
 import { cudaKernel, type GeneratedKernel, operandOf, type SpecOf } from "../kernelSpec.ts";
-import { scratchStart, startOf } from "../launchArgs.ts";
+import { type GeneratedLaunch, type KernelArg, scratch, scratchStart, startOf } from "../launchArgs.ts";
 import { rowReduction } from "./formula.ts";
-import { clearBuffer, sumColumns } from "./reduce.ts";
+import { clearBytes, sumColumns } from "./reduce.ts";
 import { cuda, shareRow, source, vectorOf } from "./text.ts";
 
 /** CUDA kernels of embedding and loss. */
@@ -70,40 +70,41 @@ function sumOfSources(spec: SpecOf<typeof sourceLosses>): GeneratedKernel {
   };
 }
 
-const THREADS = 128;
-/** Tokens that a block lists before it sums their rows: 13 bytes of shared memory each. */
-const CAPACITY = 2048;
-/** Ids that a thread reads at once: those of a block fit into its list twice. */
-const IDS = 8;
+/** Tokens in a short list: those of an id that a lane each can hold. */
+const SHORT = 32;
+/** Blocks that share the longer lists. */
+const FREQUENT = 64;
+const INT = 4;
 
 function sumRowsOfIds(spec: SpecOf<typeof embedGrad>): GeneratedKernel {
   const { V, D } = spec.d;
   const tokens = spec.size.ids;
+  const adds = spec.accumulates.has("dtable");
   const vector = vectorOf(D, [spec.dtype.dy]);
-  const slices = Math.ceil(D / (vector * THREADS));
-  // each block reads all ids from the L2 cache and adds about 64 rows
-  const buckets = Math.min(256, 2 ** Math.ceil(Math.log2(Math.max(1, tokens / 64))));
-  const clear = spec.accumulates.has("dtable") ? undefined : clearBuffer(spec, operandOf(spec, "dtable"));
+  const slices = Math.ceil(D / (32 * vector));
+  const warps = Math.min(8, slices);
+  const frequent = Math.max(1, Math.min(FREQUENT, Math.floor(tokens / (SHORT + 1))));
+  // ids that the last launch visits: a table that is written gets zeros for all others
+  const present = adds ? Math.min(V, tokens) : V;
   const body = render("cuda/embed_grad.cu", {
-    ...{
-      name: spec.name,
-      vector,
-      threads: THREADS,
-      capacity: CAPACITY,
-      ids: IDS,
-      buckets,
-      tokens,
-      vocabulary: V,
-      width: D,
-      columns: vector * THREADS,
-    },
+    ...{ name: spec.name, vector, warps, frequent, tokens, vocabulary: V, width: D, adds, present: adds ? present : 1 },
     ...{ dy: cudaType(spec.dtype.dy), dtable: cudaType(spec.dtype.dtable) },
   });
+  const counters = (4 + V) * INT;
+  const lists = scratch(Math.ceil(counters / 256) * 256);
+  const launch = (suffix: string, threads: number, grid: GeneratedLaunch["grid"], args: readonly KernelArg[]): GeneratedLaunch => ({
+    ...{ entry: `${spec.name}${suffix}`, grid, threads, shared: 0, args },
+  });
+  const clear = clearBytes(spec, counters, scratchStart);
   return {
-    source: source(spec, [clear?.body, body].join("\n")),
+    source: source(spec, [clear.body, body].join("\n")),
+    scratch: lists.offset + (V + (adds ? present : 1) + Math.floor(tokens / SHORT) + 1 + 2 * tokens) * INT,
     launches: [
-      ...(clear ? [clear.launch] : []),
-      { entry: spec.name, grid: [buckets, slices, 1], threads: THREADS, shared: 0, args: ["ids", "dy", "dtable", startOf("V")] },
+      clear.launch,
+      launch("_count", 256, [Math.ceil(tokens / 256), 1, 1], ["ids", scratchStart, lists, startOf("V")]),
+      launch("_lists", 256, [Math.ceil(V / 256), 1, 1], [scratchStart, lists]),
+      launch("_order", 1024, [Math.ceil(tokens / 1024) + frequent, 1, 1], ["ids", scratchStart, lists, startOf("V")]),
+      launch("", 32 * warps, [frequent * warps + present, Math.ceil(slices / warps), 1], ["dy", "dtable", scratchStart, lists]),
     ],
   };
 }
