@@ -84,7 +84,12 @@ const products = { "": "bf16 bf16 bf16", _dgrad: "bf16 bf16 bf16", _wgrad: "bf16
 const gemm = (size: number, suffix: keyof typeof products): CaseDraft =>
   one(`gemm${suffix} ${size}x${size}x${size}`, `gemm${suffix}`, { B: 1, S: size, K: size, N: size }, products[suffix]);
 
-/** Forward, dgrad and wgrad of a product of S rows in f32. */
+/** Forward, dgrad and wgrad of a product of S rows. */
+const dense = (name: string, S: number, N: number, K: number): CaseDraft[] =>
+  (["", "_dgrad", "_wgrad"] as const).map((suffix) =>
+    one(`gemm${suffix} ${S}x${N}x${K}, ${name}`, `gemm${suffix}`, { B: 1, S, K, N }, products[suffix]),
+  );
+/** The same in f32. */
 const inF32 = (S: number, N: number, K: number): CaseDraft[] =>
   (["gemm", "gemm_dgrad", "gemm_wgrad"] as const).map((op) =>
     one(`${op.replace("gemm", "gemm f32").replace("_", " ")} ${S}x${N}x${K}`, op, { B: 1, S, K, N }, "f32 f32 f32"),
@@ -181,10 +186,16 @@ const drafts: readonly CaseDraft[] = [
   gemm(4096, ""),
   gemm(8192, "_dgrad"),
   gemm(8192, "_wgrad"),
+  // two sequences of 4096: Llama-8B's queries, keys and values; its gate and up; Qwen3-30B's head
+  ...dense("q, k, v", 8192, 6144, 4096),
+  ...dense("gate+up", 8192, 28672, 4096),
+  ...dense("head", 8192, 151936, 2048),
   ...grouped("Mixtral gate+up", 16384, 28672, 4096, 8, 2.09),
   ...grouped("Mixtral down", 16384, 4096, 14336, 8, 2.09),
   ...grouped("DSv3 EP8 gate+up", 32768, 4096, 7168, 32, 3.1),
+  ...grouped("DSv3 EP8 down", 32768, 7168, 2048, 32, 3.1),
   ...grouped("Qwen3-30B gate+up", 131072, 1536, 2048, 128, 5.93),
+  ...grouped("Qwen3-30B down", 131072, 2048, 768, 128, 5.93),
   // half of the rows have 4 of 128 experts, as a router with random weights does it
   ...grouped("Qwen3-30B gate, uneven", 65536, 768, 2048, 128, 20),
   ...inF32(4096, 4096, 4096),
@@ -237,6 +248,16 @@ const drafts: readonly CaseDraft[] = [
       { op: "nll", d: logits, types: "f32 f32 f32 f32" },
     ],
     bytes: 8192 * (32000 * 2 + 8),
+  },
+  one("softmax_statistics 8192x32000", "softmax_statistics", logits, "bf16 i32 f32 f32 f32"),
+  {
+    name: "loss and gradient 8192x32000 (softmax_statistics, softmax_terms_grad)",
+    kind: "loss_and_gradient",
+    steps: [
+      { op: "softmax_statistics", d: logits, types: "bf16 i32 f32 f32 f32" },
+      { op: "softmax_terms_grad", d: logits, types: "bf16 f32 i32 f32 f32 bf16" },
+    ],
+    bytes: 8192 * (32000 * 6 + 24),
   },
   one("embed 65536x4096, 32000 words", "embed", words, "i32 bf16 bf16", { unread: ["table"], bytes: T * (D * 4 + 4) }),
   one("embed_grad 65536x4096, 32000 words", "embed_grad", words, "i32 bf16 bf16 f32", { unread: ["table"] }),

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import cuda_bench_triton as liger
+
 TYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16, "i32": torch.int32}
 
 
@@ -48,6 +50,10 @@ class Cases:
             compiled = torch.compile(f, dynamic=False)
             peers[f"{name}, compiled"] = lambda: compiled(*args)
         return peers
+
+    def liger(self, call):
+        """A peer in Triton, where Triton is there."""
+        return {"Triton, as Liger": call} if call else {}
 
     # -- products
 
@@ -230,7 +236,8 @@ class Cases:
 
     def peers_rmsnorm(self, d, b, case):
         x, gain = b["x"], b["gain"]
-        return self.several("F.rms_norm", lambda x, g: F.rms_norm(x, (d["D"],), g, d["eps"]), x, gain)
+        peers = self.several("F.rms_norm", lambda x, g: F.rms_norm(x, (d["D"],), g, d["eps"]), x, gain)
+        return {**peers, **self.liger(liger.rms_norm(x, gain, d["eps"]))}
 
     def reference_rmsnorm_grad(self, d, b, case):
         x, gain, dy = b["x"].float(), b["gain"].float(), b["dy"].float()
@@ -241,7 +248,8 @@ class Cases:
     def peers_rmsnorm_grad(self, d, b, case):
         x, gain = leaf(b["x"]), leaf(b["gain"])
         y = F.rms_norm(x, (d["D"],), gain, d["eps"])
-        return {"F.rms_norm backward": lambda: torch.autograd.grad(y, (x, gain), b["dy"], retain_graph=True)}
+        peers = {"F.rms_norm backward": lambda: torch.autograd.grad(y, (x, gain), b["dy"], retain_graph=True)}
+        return {**peers, **self.liger(liger.rms_norm_backward(b["x"], b["gain"], b["dy"], d["eps"]))}
 
     def fill_adamw(self, d, b, case):
         b["v"].uniform_(0.1, 1)
@@ -274,7 +282,8 @@ class Cases:
         return {"y": F.silu(b["gate"].float()) * b["up"].float()}
 
     def peers_swiglu(self, d, b, case):
-        return self.several("silu(gate)*up", lambda gate, up: F.silu(gate) * up, b["gate"], b["up"])
+        peers = self.several("silu(gate)*up", lambda gate, up: F.silu(gate) * up, b["gate"], b["up"])
+        return {**peers, **self.liger(liger.swiglu(b["gate"], b["up"]))}
 
     def reference_swiglu_grad(self, d, b, case):
         gate, up, dy = b["gate"].float(), b["up"].float(), b["dy"].float()
@@ -284,7 +293,8 @@ class Cases:
     def peers_swiglu_grad(self, d, b, case):
         gate, up = leaf(b["gate"]), leaf(b["up"])
         y = F.silu(gate) * up
-        return {"autograd": lambda: torch.autograd.grad(y, (gate, up), b["dy"], retain_graph=True)}
+        peers = {"autograd": lambda: torch.autograd.grad(y, (gate, up), b["dy"], retain_graph=True)}
+        return {**peers, **self.liger(liger.swiglu_gradient(b["gate"], b["up"], b["dy"]))}
 
     def reference_rope(self, d, b, case):
         return {"y": turned(b["x"].float().view(d["B"], d["S"], d["H"], d["C"]), *angles(d))}
@@ -467,6 +477,40 @@ class Cases:
         target = b["target"].long().view(-1)
         return self.several("F.cross_entropy", lambda x, t: F.cross_entropy(x, t, reduction="none"), flat(b["x"]), target)
 
+    # forward and backward as models run them: one pass of statistics, one that writes the gradient
+
+    def fill_loss_and_gradient(self, d, b, case):
+        self.fill_softmax_statistics(d, b, case)
+        x = b["x"].float()
+        b["ds"].copy_(1 / (x - x.amax(-1, keepdim=True)).exp().sum(-1))
+        b["dp"].fill_(-1)
+
+    def reference_loss_and_gradient(self, d, b, case):
+        statistics = self.reference_softmax_statistics(d, b, case)
+        return {**statistics, **self.reference_softmax_terms_grad(d, {**b, **statistics}, case)}
+
+    def peers_loss_and_gradient(self, d, b, case):
+        x = b["x"].detach().requires_grad_()
+        target = b["target"].long().view(-1)
+
+        def both():
+            loss = F.cross_entropy(flat(x), target, reduction="none")
+            return torch.autograd.grad(loss, x, torch.ones_like(loss))
+
+        return {"F.cross_entropy, backward": both, **self.liger(liger.cross_entropy_both(b["x"], b["target"].view(-1)))}
+
+    def fill_softmax_statistics(self, d, b, case):
+        b["target"].random_(0, d["V"])
+
+    def reference_softmax_statistics(self, d, b, case):
+        x = b["x"].float()
+        m = x.amax(-1)
+        p = x.gather(-1, b["target"].long().unsqueeze(-1)).squeeze(-1)
+        return {"m": m, "s": (x - m.unsqueeze(-1)).exp().sum(-1), "p": p}
+
+    def peers_softmax_statistics(self, d, b, case):
+        return {"logsumexp": lambda: torch.logsumexp(b["x"], -1), **self.peers_cross_entropy(d, b, case)}
+
     def fill_embed(self, d, b, case):
         b["ids"].random_(0, d["V"])
 
@@ -485,7 +529,8 @@ class Cases:
 
     def peers_embed_grad(self, d, b, case):
         ids = b["ids"].long()
-        return {"embedding backward, bf16": lambda: torch.ops.aten.embedding_dense_backward(b["dy"], ids, d["V"], -1, False)}
+        peers = {"embedding backward, bf16": lambda: torch.ops.aten.embedding_dense_backward(b["dy"], ids, d["V"], -1, False)}
+        return {**peers, **self.liger(liger.embedding_gradient(b["ids"], flat(b["dy"]), d["V"]))}
 
 
 # -- what several share

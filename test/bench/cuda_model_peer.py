@@ -2,6 +2,8 @@
 eager and compiled, and a step with torch's fused AdamW. Weights and gradients in bf16. One JSON object a job.
 
     python3 test/bench/cuda_model_peer.py test/bench/jobs/mixtral-8x7b-4-layers.yaml [...]
+
+The environment: FORMS (eager,compiled), ROUNDS (9), the steps of which the median is taken.
 """
 import gc, json, os, sys, time
 import torch, transformers, yaml
@@ -27,12 +29,12 @@ def config_of(model):
     return LlamaConfig(**common)
 
 
-def median_ms(step, rounds=9):
+def median_ms(step):
     for _ in range(4):
         step()
     torch.cuda.synchronize()
     times = []
-    for _ in range(rounds):
+    for _ in range(int(os.environ.get("ROUNDS", 9))):
         a, b = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         a.record(); step(); b.record(); torch.cuda.synchronize()
         times.append(a.elapsed_time(b))
@@ -75,10 +77,12 @@ def measure(job, forms):
 
 torch.set_default_dtype(torch.bfloat16)
 forms = os.environ.get("FORMS", "eager,compiled").split(",")
-for path in sys.argv[1:]:
+# without arguments jobs come from stdin, a path a line, and the process waits between them
+for path in sys.argv[1:] or map(str.strip, iter(sys.stdin.readline, "")):
     out = {"transformers": transformers.__version__, "torch": torch.__version__}
     try:
-        out.update(measure(yaml.safe_load(open(path)), forms))
+        with open(path) as file:
+            out.update(measure(yaml.safe_load(file), forms))
     except Exception as error:
         out.update(job=path, error=str(error)[:300])
     print(json.dumps(out), flush=True)
