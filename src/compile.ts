@@ -18,6 +18,7 @@ import { printSchedule, schedule, smallerStepsOf } from "./passes/schedule.ts";
 import type { ShardOptions } from "./passes/shard.ts";
 import { shardJob } from "./passes/shardJob.ts";
 import { printSharded } from "./passes/shardText.ts";
+import { roundProducts } from "./passes/tf32.ts";
 import { verifyPrograms } from "./passes/verify.ts";
 import { sealPlan } from "./plan/seal.ts";
 import { printPlanText } from "./report/planText.ts";
@@ -46,7 +47,10 @@ export function compile(job: Job, { target = cpu, trace = untraced, ...pick }: S
   const order = trace("schedule", () => schedule(job, pipeline.chunks));
   const lowered = trace(
     "program",
-    () => overlap(job, mesh, fuseFor(target, lower(job, mesh, { graph, sharded, pipeline, order, ...(evaluation && { evaluation }) }))),
+    () => {
+      const programs = lower(job, mesh, { graph, sharded, pipeline, order, ...(evaluation && { evaluation }) });
+      return overlap(job, mesh, roundProducts(job, fuseFor(target, programs)));
+    },
     countPrograms,
   );
   trace("verify", () => verifyPrograms(lowered, mesh, smallerStepsOf(job)));

@@ -328,6 +328,7 @@ interface CudaGemmF32Cu {
   readonly offsets: string | number;
   readonly perThread: string | number;
   readonly ragged: boolean;
+  readonly tf32: boolean;
   readonly tiles: string | number;
   readonly vectorA: string | number;
   readonly vectorB: string | number;

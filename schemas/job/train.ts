@@ -98,6 +98,12 @@ export const TrainText = z.strictObject({
     .enum(["fp32", "bf16", "fp16"])
     .default("bf16")
     .describe("bf16, fp16: parameters and activations in 16 bits; sums, main weights and, by default, main gradients and moments in fp32"),
+  matmul: z
+    .enum(["f32", "tf32"])
+    .optional()
+    .describe(
+      "with precision fp32: the type to which operands of matrix products are rounded, sums are f32. tf32: 10 bits of mantissa instead of 23, on tensor cores; default: f32",
+    ),
   gradients: z
     .enum(["f32", "bf16"])
     .default("f32")

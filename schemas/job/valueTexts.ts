@@ -91,6 +91,10 @@ export const valueTexts: Readonly<Record<string, Readonly<Record<string, string>
     bf16: "parameters and activations in bf16; sums and main weights in fp32",
     fp16: "parameters and activations in fp16 with a loss scale; sums and main weights in fp32",
   },
+  "train.matmul": {
+    f32: "products of fp32 are exact to their last bits",
+    tf32: "on tensor cores; operands keep 3 decimal digits",
+  },
   "train.gradients": {
     f32: "gradients of matrices are summed in f32",
     bf16: "half of the memory and the traffic; each sum is rounded",

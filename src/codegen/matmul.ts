@@ -39,6 +39,8 @@ export interface MatrixProduct {
   readonly epilogue?: Epilogue;
   /** A second product of the same a, with a b and a c of its own. */
   readonly twin?: Pick<MatrixProduct, "b" | "c" | "n">;
+  /** Operands, which are f32, are rounded to TF32. */
+  readonly tf32?: true;
   /** Whether the product is added to c. */
   readonly adds: boolean;
   /** Index of the experts' first rows in the index buffer. */
@@ -157,5 +159,5 @@ const products: Readonly<Record<string, (spec: KernelSpec) => MatrixProduct>> = 
 export function productOf(spec: KernelSpec): MatrixProduct {
   const of = products[spec.op];
   invariant(of !== undefined, `${spec.op} is no matrix product`);
-  return of(spec);
+  return spec.d.tf32 ? { ...of(spec), tf32: true } : of(spec);
 }

@@ -4,7 +4,7 @@
  */
 import type { Result } from "./formula.ts";
 import { gatedUnits } from "./gatedUnits.ts";
-import { gemm, gemmDgrad, groupedDgrad, groupedGemm, groupedWgrad } from "./gemm.ts";
+import { gemm, gemmDgrad, groupedDgrad, groupedGemm, groupedWgrad, tf32Of } from "./gemm.ts";
 import { gemm as product, runs } from "./matrixProduct.ts";
 import { unpermute } from "./moe.ts";
 import { headNorm, headNormGrad, rmsnorm, rmsnormGrad } from "./norm.ts";
@@ -17,9 +17,10 @@ export const gemmDgradPair = op({
   sig: "dy1[B,S,N!] w1[K,N!] dy2[B,S,F!] w2[K,F!] -> dx[B,S,K]",
   suffix: "dgrad",
   flops: ({ B, S, K, N, F }) => 2 * B * S * K * (N + F),
-  cpu({ dy1, w1, dy2, w2, dx }, { B, S, K, N, F }) {
-    product(dx, dy1, w1, { m: B * S, n: K, k: N, tb: true });
-    product(dx, dy2, w2, { m: B * S, n: K, k: F, tb: true });
+  cpu({ dy1, w1, dy2, w2, dx }, { B, S, K, N, F, ...attrs }) {
+    const tf32 = tf32Of(attrs);
+    product(dx, dy1, w1, { m: B * S, n: K, k: N, tb: true, tf32 });
+    product(dx, dy2, w2, { m: B * S, n: K, k: F, tb: true, tf32 });
   },
 });
 /** The same of three products, as those of queries, keys and values. */
@@ -28,10 +29,11 @@ export const gemmDgradTriple = op({
   sig: "dy1[B,S,N!] w1[K,N!] dy2[B,S,F!] w2[K,F!] dy3[B,S,D!] w3[K,D!] -> dx[B,S,K]",
   suffix: "dgrad",
   flops: ({ B, S, K, N, F, D }) => 2 * B * S * K * (N + F + D),
-  cpu({ dy1, w1, dy2, w2, dy3, w3, dx }, { B, S, K, N, F, D }) {
-    product(dx, dy1, w1, { m: B * S, n: K, k: N, tb: true });
-    product(dx, dy2, w2, { m: B * S, n: K, k: F, tb: true });
-    product(dx, dy3, w3, { m: B * S, n: K, k: D, tb: true });
+  cpu({ dy1, w1, dy2, w2, dy3, w3, dx }, { B, S, K, N, F, D, ...attrs }) {
+    const tf32 = tf32Of(attrs);
+    product(dx, dy1, w1, { m: B * S, n: K, k: N, tb: true, tf32 });
+    product(dx, dy2, w2, { m: B * S, n: K, k: F, tb: true, tf32 });
+    product(dx, dy3, w3, { m: B * S, n: K, k: D, tb: true, tf32 });
   },
 });
 /** The same of two products of the rows of experts. */
@@ -40,10 +42,11 @@ export const groupedDgradPair = op({
   sig: "dy1[B~S~E,N!] w1[E,K,N!] dy2[B~S~E,F!] w2[E,K,F!] -> dx[B~S~E,K]",
   suffix: "dgrad",
   flops: ({ R, K, N, F }) => 2 * R * K * (N + F),
-  cpu({ dy1, w1, dy2, w2, dx }, { K, N, F }, p) {
+  cpu({ dy1, w1, dy2, w2, dx }, { K, N, F, ...attrs }, p) {
+    const tf32 = tf32Of(attrs);
     runs(p.rows, p.start("E"), (e, r, m) => {
-      product(dx, dy1, w1, { m, n: K, k: N, tb: true, a0: r * N, b0: e * K * N, c0: r * K });
-      product(dx, dy2, w2, { m, n: K, k: F, tb: true, a0: r * F, b0: e * K * F, c0: r * K });
+      product(dx, dy1, w1, { m, n: K, k: N, tb: true, a0: r * N, b0: e * K * N, c0: r * K, tf32 });
+      product(dx, dy2, w2, { m, n: K, k: F, tb: true, a0: r * F, b0: e * K * F, c0: r * K, tf32 });
     });
   },
 });

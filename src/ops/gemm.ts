@@ -1,14 +1,20 @@
-/** Matrix products with weights, per token or per row of an expert; additions and casts. Products accumulate into their output. */
+/**
+ * Matrix products with weights, per token or per row of an expert; additions and casts. Products accumulate into their output. With the optional
+ * attribute `tf32`, which src/passes/tf32.ts sets, operands are rounded to TF32.
+ */
 import { add as plus } from "./formula.ts";
 import { gemm as product, runs } from "./matrixProduct.ts";
 import { declared, formulaOp, type Grads, op } from "./op.ts";
+
+/** Returns the attribute that products have if their operands are rounded to TF32. */
+export const tf32Of = ({ tf32 }: Readonly<Record<string, number>>): number | undefined => tf32;
 
 /** y = x·w. */
 export const gemm = op({
   name: "gemm",
   sig: "x[B,S,K] w[K,N] -> y[B,S,N]",
   flops: ({ B, S, K, N }) => 2 * B * S * K * N,
-  cpu: ({ x, w, y }, { B, S, K, N }) => product(y, x, w, { m: B * S, n: N, k: K }),
+  cpu: ({ x, w, y }, { B, S, K, N, ...attrs }) => product(y, x, w, { m: B * S, n: N, k: K, tf32: tf32Of(attrs) }),
   grad: ({ x, w }, { dy }): Grads => ({ x: gemmDgrad.of({ dy, w }), w: gemmWgrad.of({ x, dy }) }),
 });
 /** Gradient with respect to x. Also the forward of a tied head: logits = x·tableᵀ, with x as `dy` and the table as `w`. */
@@ -18,7 +24,7 @@ export const gemmDgrad = op({
   linearIn: "dy",
   suffix: "dgrad",
   flops: ({ B, S, K, N }) => 2 * B * S * K * N,
-  cpu: ({ dy, w, dx }, { B, S, K, N }) => product(dx, dy, w, { m: B * S, n: K, k: N, tb: true }),
+  cpu: ({ dy, w, dx }, { B, S, K, N, ...attrs }) => product(dx, dy, w, { m: B * S, n: K, k: N, tb: true, tf32: tf32Of(attrs) }),
   grad: ({ dy, w }, g): Grads => ({ dy: gemm.of({ x: g.dy, w }), w: gemmWgrad.of({ x: g.dy, dy }) }),
 });
 /** dw = xᵀ·dy. */
@@ -29,7 +35,7 @@ export const gemmWgrad = op({
   suffix: "wgrad",
   types: { dw: "f32" },
   flops: ({ B, S, K, N }) => 2 * B * S * K * N,
-  cpu: ({ x, dy, dw }, { B, S, K, N }) => product(dw, x, dy, { m: K, n: N, k: B * S, ta: true }),
+  cpu: ({ x, dy, dw }, { B, S, K, N, ...attrs }) => product(dw, x, dy, { m: K, n: N, k: B * S, ta: true, tf32: tf32Of(attrs) }),
 });
 
 /** y = x·w per expert, for ragged rows. */
@@ -37,8 +43,9 @@ export const groupedGemm = op({
   name: "grouped_gemm",
   sig: "x[B~S~E,K] w[E,K,N] -> y[B~S~E,N]",
   flops: ({ R, K, N }) => 2 * R * K * N,
-  cpu({ x, w, y }, { K, N }, p) {
-    runs(p.rows, p.start("E"), (e, r, m) => product(y, x, w, { m, n: N, k: K, a0: r * K, b0: e * K * N, c0: r * N }));
+  cpu({ x, w, y }, { K, N, ...attrs }, p) {
+    const tf32 = tf32Of(attrs);
+    runs(p.rows, p.start("E"), (e, r, m) => product(y, x, w, { m, n: N, k: K, a0: r * K, b0: e * K * N, c0: r * N, tf32 }));
   },
   grad: ({ x, w }, { dy }): Grads => ({ x: groupedDgrad.of({ dy, w }), w: groupedWgrad.of({ x, dy }) }),
 });
@@ -48,8 +55,9 @@ export const groupedDgrad = op({
   sig: "dy[B~S~E,N] w[E,K,N] -> dx[B~S~E,K]",
   suffix: "dgrad",
   flops: ({ R, K, N }) => 2 * R * K * N,
-  cpu({ dy, w, dx }, { K, N }, p) {
-    runs(p.rows, p.start("E"), (e, r, m) => product(dx, dy, w, { m, n: K, k: N, tb: true, a0: r * N, b0: e * K * N, c0: r * K }));
+  cpu({ dy, w, dx }, { K, N, ...attrs }, p) {
+    const tf32 = tf32Of(attrs);
+    runs(p.rows, p.start("E"), (e, r, m) => product(dx, dy, w, { m, n: K, k: N, tb: true, a0: r * N, b0: e * K * N, c0: r * K, tf32 }));
   },
 });
 /** dw = xᵀ·dy per expert. */
@@ -59,8 +67,9 @@ export const groupedWgrad = op({
   suffix: "wgrad",
   types: { dw: "f32" },
   flops: ({ R, K, N }) => 2 * R * K * N,
-  cpu({ x, dy, dw }, { K, N }, p) {
-    runs(p.rows, p.start("E"), (e, r, k) => product(dw, x, dy, { m: K, n: N, k, ta: true, a0: r * K, b0: r * N, c0: e * K * N }));
+  cpu({ x, dy, dw }, { K, N, ...attrs }, p) {
+    const tf32 = tf32Of(attrs);
+    runs(p.rows, p.start("E"), (e, r, k) => product(dw, x, dy, { m: K, n: N, k, ta: true, a0: r * K, b0: r * N, c0: e * K * N, tf32 }));
   },
 });
 /** y = x + b, one bias per column. */

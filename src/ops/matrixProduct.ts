@@ -16,6 +16,8 @@ export interface Product {
   readonly a0?: number;
   readonly b0?: number;
   readonly c0?: number;
+  /** 1: operands are rounded to TF32, 8 bits of exponent and 10 of mantissa, to the nearest, of two equally near the larger. */
+  readonly tf32?: number | undefined;
 }
 
 /** Adds the product of `a` and `b` to `c`. */
@@ -23,7 +25,7 @@ export function gemm(
   c: Float32Array,
   a: Float32Array,
   b: Float32Array,
-  { m, n, k, ta = false, tb = false, a0 = 0, b0 = 0, c0 = 0 }: Product,
+  { m, n, k, ta = false, tb = false, a0 = 0, b0 = 0, c0 = 0, tf32 = 0 }: Product,
 ): void {
   const panels = Math.ceil(n / 4);
   const strip = scratch("a", 2 * BLOCK);
@@ -34,8 +36,10 @@ export function gemm(
       const lie = tb ? { first: b0 + j * 4 * k + at, lane: k, deep: 1 } : { first: b0 + at * n + j * 4, lane: 1, deep: n };
       pack(panel, j * 4 * depth, b, lie, n - j * 4, 4, depth);
     }
+    if (tf32) roundToTf32(panel, panels * 4 * depth);
     for (let i = 0; i < m; i += 2) {
       pack(strip, 0, a, ta ? { first: a0 + at * m + i, lane: 1, deep: m } : { first: a0 + i * k + at, lane: k, deep: 1 }, m - i, 2, depth);
+      if (tf32) roundToTf32(strip, 2 * depth);
       for (let j = 0; j < panels; j++) tile(c, c0 + i * n + j * 4, n, strip, panel, j * 4 * depth, depth, m - i, n - j * 4);
     }
   }
@@ -46,6 +50,17 @@ const kept: Record<string, Float64Array> = {};
 function scratch(name: string, length: number): Float64Array {
   const have = kept[name];
   return have && have.length >= length ? have : (kept[name] = new Float64Array(length));
+}
+
+const one = new Float32Array(1);
+const bits = new Uint32Array(one.buffer);
+/** Rounds the first `count` values, which are f32 values, to TF32. */
+function roundToTf32(values: Float64Array, count: number): void {
+  for (let i = 0; i < count; i++) {
+    one[0] = values[i]!;
+    if (Number.isFinite(one[0])) bits[0] = (bits[0]! + 0x1000) & 0xffffe000;
+    values[i] = one[0];
+  }
 }
 
 /** Memory layout of a strip: index of its first element, stride between lanes, stride along K. */

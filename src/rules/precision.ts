@@ -79,6 +79,23 @@ export const precision = [
     bad: "train: {precision: fp32, gradients: bf16}",
   }),
   rule({
+    code: "B250",
+    title: "tf32 needs products of fp32",
+    why: "TF32 rounds operands of fp32 to 10 bits of mantissa, so that tensor cores multiply them. bf16 and fp16 have 7 and 10 bits and are multiplied there anyway.",
+    level: "error",
+    *check({ train }) {
+      if (train.matmul !== "tf32" || train.precision === "fp32") return;
+      yield {
+        at: "train.matmul",
+        related: ["train.precision"],
+        found: `matmul: tf32 with precision: ${train.precision}`,
+        fix: "f32, or precision: fp32",
+        tries: [{ "train.matmul": "f32" }, { "train.precision": "fp32" }],
+      };
+    },
+    bad: "train: {precision: bf16, matmul: tf32}",
+  }),
+  rule({
     code: "B243",
     title: "gradient_reduction has no gradients to reduce",
     why: "Gradients are sent between the ranks that hold the same parameter and saw other tokens. A stage of one rank sends none, so that their type has no effect.",

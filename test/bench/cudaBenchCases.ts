@@ -89,10 +89,10 @@ const dense = (name: string, S: number, N: number, K: number): CaseDraft[] =>
   (["", "_dgrad", "_wgrad"] as const).map((suffix) =>
     one(`gemm${suffix} ${S}x${N}x${K}, ${name}`, `gemm${suffix}`, { B: 1, S, K, N }, products[suffix]),
   );
-/** The same in f32. */
-const inF32 = (S: number, N: number, K: number): CaseDraft[] =>
-  (["gemm", "gemm_dgrad", "gemm_wgrad"] as const).map((op) =>
-    one(`${op.replace("gemm", "gemm f32").replace("_", " ")} ${S}x${N}x${K}`, op, { B: 1, S, K, N }, "f32 f32 f32"),
+/** The same of f32 operands, or of those rounded to TF32. */
+const inF32 = (S: number, N: number, K: number, type: "f32" | "tf32" = "f32"): CaseDraft[] =>
+  (["", "_dgrad", "_wgrad"] as const).map((suffix) =>
+    one(`gemm${suffix} ${type} ${S}x${N}x${K}`, `gemm${suffix}`, { B: 1, S, K, N, ...(type === "tf32" && { tf32: 1 }) }, "f32 f32 f32"),
   );
 
 /** Forward, dgrad and wgrad of one product of rows with their experts' weights. */
@@ -201,6 +201,7 @@ const drafts: readonly CaseDraft[] = [
   ...inF32(4096, 4096, 4096),
   // gate of llama-125m
   ...inF32(16384, 2048, 768),
+  ...inF32(4096, 4096, 4096, "tf32"),
   ...attentionShapes.flatMap((shape) => attentions(shape)),
   ...attentions([2, 32, 8, 4096, 128, 128], 0.1),
   ...attentions([16, 12, 12, 1024, 64, 64], 0.1),

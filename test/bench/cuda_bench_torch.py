@@ -65,7 +65,7 @@ class Cases:
         x, w = flat(b["x"]), b["w"]
         turned = w.t().contiguous().t()
         out = torch.empty_like(flat(b["y"]))
-        return {"matmul": lambda: torch.matmul(x, w, out=out), "matmul, w [N,K]": lambda: torch.matmul(x, turned, out=out)}
+        return rounding(d, {"matmul": lambda: torch.matmul(x, w, out=out), "matmul, w [N,K]": lambda: torch.matmul(x, turned, out=out)})
 
     def reference_gemm_dgrad(self, d, b, case):
         wide = torch.float64 if case["dtype"] == "f32" else torch.float32
@@ -73,7 +73,7 @@ class Cases:
 
     def peers_gemm_dgrad(self, d, b, case):
         dy, w, out = flat(b["dy"]), b["w"].t(), torch.empty_like(flat(b["dx"]))
-        return {"matmul": lambda: torch.matmul(dy, w, out=out)}
+        return rounding(d, {"matmul": lambda: torch.matmul(dy, w, out=out)})
 
     def reference_gemm_wgrad(self, d, b, case):
         wide = torch.float64 if case["dtype"] == "f32" else torch.float32
@@ -83,7 +83,7 @@ class Cases:
         x, dy = flat(b["x"]).t(), flat(b["dy"])
         out = torch.empty_like(b["dw"], dtype=x.dtype)
         if case["dtype"] == "f32":
-            return {"matmul": lambda: torch.matmul(x, dy, out=out)}
+            return rounding(d, {"matmul": lambda: torch.matmul(x, dy, out=out)})
         return {
             "matmul, bf16 out": lambda: torch.matmul(x, dy, out=out),
             "mm, f32 out": lambda: torch.mm(x, dy, out_dtype=torch.float32),
@@ -534,6 +534,20 @@ class Cases:
 
 
 # -- what several share
+
+
+def rounding(d, peers):
+    """The same calls with products in TF32, if the case has them."""
+
+    def rounded(call):
+        def run():
+            torch.backends.cuda.matmul.allow_tf32 = True
+            call()
+            torch.backends.cuda.matmul.allow_tf32 = False
+
+        return run
+
+    return {f"{name}, TF32": rounded(call) for name, call in peers.items()} if d.get("tf32") else peers
 
 
 def flat(x):

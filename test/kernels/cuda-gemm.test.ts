@@ -312,6 +312,28 @@ emulated(`f32 arithmetic${note}`, () => {
     );
 });
 
+emulated(`TF32${note}`, () => {
+  const rounded = shapes.map(([name, op, sizes]) => [name, op, { ...sizes, tf32: 1 }] as const);
+  for (const { options, rows } of byTier([128, 32] as const, (edge) => edge === 128))
+    test.each(rows)("tiles of %d: operands are rounded as the reference rounds them", options, (edge) =>
+      holdAll(
+        rounded.flatMap(([name, op, sizes]) =>
+          adding(op).map((adds) => {
+            const c = caseOf(`${name}_tf32_${edge}${adds ? "_adds" : ""}`, op, sizes, "f32", adds);
+            return { ...c, made: simt(c.use, productOf(c.use), productOf(c.use).depth, edge) };
+          }),
+        ),
+      ),
+    );
+  test("a kernel that does not round differs from the reference", async () => {
+    const { use, ...c } = caseOf("exact", "gemm", { S: 40, K: 64, N: 40, tf32: 1 }, "f32");
+    const { tf32: _, ...d } = use.d;
+    const exact = { ...use, d };
+    const made = simt(exact, productOf(exact));
+    await expect(hold(cudaEmulator([{ use: exact, made }]), made, { ...c, use: exact })).rejects.toThrow(/exact/);
+  });
+});
+
 emulated(`f32 arithmetic in parts of the depth${note}`, () => {
   test("the sums of the parts are added in order, and to existing values if the output accumulates", () =>
     holdAll(

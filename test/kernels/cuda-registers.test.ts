@@ -37,6 +37,14 @@ describe.skipIf(compiler)(`for nvcc${compiler}`, () => {
     sm_90a: [...ofAll("sm_90a", "large", large, [300, 200], "bf16"), ...ofAll("sm_90a", "plain", large, [300], "f32")],
     sm_100a: [...ofAll("sm_100a", "large", large, [300, 200], "bf16"), ...ofAll("sm_100a", "odd", odd, [5], "f32")],
   };
+  // enough tiles of 128 x 128 for the kernel with asynchronous copies
+  const many = { S: 2048, K: 512, N: 2048 };
+  const f32 = (["sm_80", "sm_86", "sm_90a"] as const).map((arch) => {
+    const plain = ofAll(arch, "many", many, [1024, 1024], "f32");
+    return [arch, [...plain, ...ofAll(arch, "many_tf32", { ...many, tf32: 1 }, [1024, 1024], "f32")]] as const;
+  });
+  for (const { options, rows } of byTier(f32, ([arch]) => arch === "sm_90a"))
+    test.each(rows)("%s: products of f32 and in TF32 compile without register spills", options, staysInRegisters);
   const f16: Record<Arch, GeneratedKernel[]> = {
     sm_80: ofAll("sm_80", "large_f16", large, [300, 200], "f16"),
     sm_86: ofAll("sm_86", "large_f16", large, [300, 200], "f16"),

@@ -14,6 +14,8 @@ export interface Sizes {
   readonly N: number;
   /** Rows of each expert. */
   readonly rows?: readonly number[];
+  /** Operands are rounded to TF32. */
+  readonly tf32?: 1;
 }
 export const products = ["gemm", "gemm_dgrad", "gemm_wgrad", "grouped_gemm", "grouped_dgrad", "grouped_wgrad"] as const;
 /** Outputs that a plan may let add to what is there: gradients of weights. */
@@ -26,7 +28,7 @@ const namesOf = (op: OpName): [string, string, string] =>
 export function specFor(
   name: string,
   op: OpName,
-  { S = 0, K, N, rows }: Sizes,
+  { S = 0, K, N, rows, tf32 }: Sizes,
   half: Half,
   adds = false,
   spare = 29,
@@ -38,7 +40,7 @@ export function specFor(
   const names = namesOf(op);
   return {
     ...{ op, name, bound, makesRows: false, mayOverflow: false },
-    d: { B: 1, S: height, K, N, E: rows?.length ?? 1 },
+    d: { B: 1, S: height, K, N, E: rows?.length ?? 1, ...(tf32 && { tf32 }) },
     size: { x: height * K, dx: height * K, dy: height * N, y: height * N, w: weights, dw: weights },
     dtype: Object.fromEntries(names.map((n) => [n, n === "dw" ? sums : half])),
     accumulates: new Set(adds ? [names[2]] : []),

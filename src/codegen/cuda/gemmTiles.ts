@@ -105,14 +105,15 @@ function fetched(spec: KernelSpec, p: MatrixProduct, edge: Edge, part?: number):
       a: cudaType(p.a.dtype),
       b: cudaType(p.b.dtype),
     },
-    ...{ vectorA: vector("a"), vectorB: vector("b"), tiles: tilesText(p, edge, STEP, part) },
+    ...{ vectorA: vector("a"), vectorB: vector("b"), tiles: tilesText(p, edge, STEP, part), tf32: p.tf32 === true },
     more: moreOperands(addendsOf(p, STEP).addends),
   });
   return { body, threads: (edge / each) ** 2, shared: 0 };
 }
 
-/** Returns a kernel for f32 operands in tiles of 128 x 128 with asynchronous copies. With `tf32`, tensor cores multiply operands rounded to TF32. */
-function pipelined(spec: KernelSpec, p: MatrixProduct, edge: Edge, part?: number, tf32 = false): Block {
+/** Returns a kernel for f32 operands in tiles of 128 x 128 with asynchronous copies. Operands rounded to TF32 are multiplied by tensor cores. */
+function pipelined(spec: KernelSpec, p: MatrixProduct, edge: Edge, part?: number): Block {
+  const tf32 = p.tf32 === true;
   const [stages, step] = tf32 ? [3, 16] : [4, 8];
   const pitch = edge + (tf32 ? 8 : 4);
   const unit = (operand: "a" | "b") => (!p[operand].depthFirst && areMultiples(p, operand, 4) ? 4 : 1);
