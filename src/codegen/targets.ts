@@ -45,7 +45,8 @@ export async function loadTarget(text: string): Promise<Target> {
             "the job trains in fp16, and webgpu:baseline has no 16-bit floats",
             "write --target webgpu:f16, or train.precision: fp32",
           );
-        if (spec.d.tf32) throw new Trouble("the job multiplies in TF32, and WebGPU has no such products", "write train.matmul: f32, or another --target");
+        if (spec.d.tf32)
+          throw new Trouble("the job multiplies in TF32, and WebGPU has no such products", "write train.matmul: f32, or another --target");
         return wgslGenerator(spec.op)(spec, profile);
       };
       return { name: `webgpu:${profile}`, suffix: "wgsl", generate };

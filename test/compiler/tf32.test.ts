@@ -31,13 +31,18 @@ test("products of a job in TF32 have the attribute, fused ones too, and no other
   expect(roundedOps(plan)).toEqual(["gemm", "gemm_dgrad", "gemm_wgrad", "grouped_dgrad", "grouped_gemm", "grouped_wgrad"]);
   expect(computes(plan).filter((i) => /gemm|grouped/.test(i.op) && !i.attrs.tf32)).toEqual([]);
   const fused = compile(jobWith({ matmul: "tf32" }), { target: { ...cpu, fuses: fusions } }).plan;
-  expect(roundedOps(fused)).toEqual(expect.arrayContaining(["gemm_dgrad_triple", "gemm_swiglu", "gemm_dgrad_swiglu", "grouped_wgrad_pair"]));
+  expect(roundedOps(fused)).toEqual(
+    expect.arrayContaining(["gemm_dgrad_triple", "gemm_swiglu", "gemm_dgrad_swiglu", "grouped_wgrad_pair"]),
+  );
   expect(roundedOps(compile(jobWith({ matmul: "f32" })).plan)).toEqual([]);
   expect(roundedOps(compile(jobWith()).plan)).toEqual([]);
 });
 
 test("losses differ from those of f32 by the rounding, 11 bits of each operand", async () => {
-  const [exact = [], rounded = []] = await Promise.all([losses(compile(jobWith()).plan), losses(compile(jobWith({ matmul: "tf32" })).plan)]);
+  const [exact = [], rounded = []] = await Promise.all([
+    losses(compile(jobWith()).plan),
+    losses(compile(jobWith({ matmul: "tf32" })).plan),
+  ]);
   for (const [i, loss] of rounded.entries()) {
     const difference = Math.abs(loss - (exact[i] ?? 0));
     expect(difference).toBeGreaterThan(1e-7);
@@ -52,7 +57,13 @@ test("operands are rounded to 10 bits of mantissa, to the nearest, of two equall
     return t.y[0] ?? Number.NaN;
   };
   const [low, high] = [1, 1 + 2 ** -10];
-  expect([1 + 2 ** -12, 1 + 2 ** -11 - 2 ** -20, 1 + 2 ** -11, -1 - 2 ** -11, 1 + 2 ** -10].map(round)).toEqual([low, low, high, -high, high]);
+  expect([1 + 2 ** -12, 1 + 2 ** -11 - 2 ** -20, 1 + 2 ** -11, -1 - 2 ** -11, 1 + 2 ** -10].map(round)).toEqual([
+    low,
+    low,
+    high,
+    -high,
+    high,
+  ]);
   expect(round(Number.POSITIVE_INFINITY)).toBe(Number.POSITIVE_INFINITY);
   expect(round(Number.NaN)).toBeNaN();
 });

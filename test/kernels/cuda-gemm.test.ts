@@ -349,17 +349,20 @@ emulated(`f32 arithmetic in parts of the depth${note}`, () => {
           return { ...c, made: simt(c.use, productOf(c.use), 64) };
         }),
     ));
-  test("a router's weight gradient is made in parts, other products are not", () => {
+  test("products with few tiles for their depth are made in parts, others are not", () => {
     const launchesOf = (op: OpName, d: Record<string, number>) => {
       const small = specFor("parts", op, { S: 8, K: 8, N: 8 }, "f32");
       const use = { ...small, d: { ...small.d, ...d } };
       return simt(use, productOf(use)).launches.map(({ entry, grid }) => [entry, grid[0]]);
     };
     expect(launchesOf("gemm_wgrad", { S: 8192, K: 2048, N: 128 })).toEqual([
-      ["parts", 128],
+      ["parts", 256],
       ["parts_sum", 256],
     ]);
-    expect(launchesOf("gemm", { S: 8192, K: 2048, N: 128 })).toEqual([["parts", 256]]);
+    expect(launchesOf("gemm", { S: 8192, K: 2048, N: 128 })).toHaveLength(2);
+    // 36 tiles of 128 x 128 seven times: 252 of 264 places
+    expect(launchesOf("gemm_wgrad", { S: 16384, K: 768, N: 768 })[0]).toEqual(["parts", 252]);
+    expect(launchesOf("gemm", { S: 4096, K: 4096, N: 4096 })).toEqual([["parts", 1024]]);
     expect(launchesOf("gemm_wgrad", { S: 64, K: 64, N: 64 })).toHaveLength(1);
   });
 });

@@ -16,6 +16,8 @@ type Edge = 128 | 64 | 32;
 const ENOUGH = 100;
 /** Of depth, that f32 arithmetic multiplies between two barriers. */
 const STEP = 16;
+/** A short launch. */
+const LAUNCH_SECONDS = 4e-6;
 const MULTIPROCESSORS = cudaArchs.sm_90a.multiprocessors;
 
 const flag = (yes: boolean): string => (yes ? "true" : "false");
@@ -76,15 +78,33 @@ export function mma(spec: KernelSpec, p: MatrixProduct, half: Float16, edge: 128
   return launched(spec, p, edge, { threads: 32 * warps.warpsM * warps.warpsN, shared: stages * 2 * edge * tileK * 2 }, body);
 }
 
+const isPipelined = ({ a, b }: MatrixProduct): boolean => a.dtype === "f32" && b.dtype === "f32";
+
+/** Operations a second of all multiprocessors with two blocks each, and bytes, for the choice of parts. */
+const RATE = { f32: 46e12, tf32: 200e12, bytes: 4e12 } as const;
+/** Bytes of scratch for sums of parts. */
+const MOST_SCRATCH = 2 ** 26;
 /**
- * Returns the depth that one thread block of f32 arithmetic sums. If c has too few tiles for the multiprocessors (router weights), the depth is split
- * into parts of at least 512.
+ * Returns the depth that one thread block of f32 arithmetic sums. If c has too few tiles for the multiprocessors (router weights), or its last tiles
+ * would leave many of them idle, the depth is split into parts of at least 512.
  */
 function partOf(p: MatrixProduct): number {
   const tiles = mostTiles(p, 128, 128);
-  if (p.ragged || p.addends || mostTiles(p, 64, 64) >= ENOUGH) return p.depth;
-  const parts = Math.max(1, Math.min(32, Math.round(MULTIPROCESSORS / tiles), Math.floor(p.depth / 512)));
-  return Math.ceil(p.depth / parts / STEP) * STEP;
+  if (p.ragged || p.addends) return p.depth;
+  const partsOf = (count: number): number => Math.ceil(p.depth / count / STEP) * STEP;
+  if (!isPipelined(p)) {
+    if (mostTiles(p, 64, 64) >= ENOUGH) return p.depth;
+    return partsOf(Math.max(1, Math.min(32, Math.round(MULTIPROCESSORS / tiles), Math.floor(p.depth / 512))));
+  }
+  const bytes = p.m * p.n * bytesOf.f32;
+  const seconds = (parts: number): number => {
+    const slots = 2 * MULTIPROCESSORS;
+    const flops = (Math.ceil((tiles * parts) / slots) * slots * 2 * 128 * 128 * p.depth) / parts;
+    return flops / (p.tf32 ? RATE.tf32 : RATE.f32) + (parts > 1 ? (2 * parts * bytes) / RATE.bytes + LAUNCH_SECONDS : 0);
+  };
+  const most = Math.min(32, Math.floor(p.depth / 512), Math.floor(MOST_SCRATCH / bytes));
+  const counts = Array.from({ length: Math.max(1, most) }, (_, i) => i + 1);
+  return partsOf(counts.reduce((best, count) => (seconds(count) < 0.95 * seconds(best) ? count : best)));
 }
 
 interface Block {
@@ -132,10 +152,9 @@ export function simt(
   part: number = partOf(p),
   edge: Edge = part < p.depth ? 128 : edgeOf(p, [128, 64, 32]),
 ): GeneratedKernel {
-  const parts = Math.ceil(p.depth / part);
+  const parts = Math.max(1, Math.ceil(p.depth / part));
   const sums = parts > 1 ? { ...p, adds: false, c: { ...p.c, dtype: "f32" as const } } : p;
-  const isPipelined = edge === 128 && p.a.dtype === "f32" && p.b.dtype === "f32";
-  const { body, threads, shared } = (isPipelined ? pipelined : fetched)(spec, sums, edge, parts > 1 ? part : undefined);
+  const { body, threads, shared } = (edge === 128 && isPipelined(p) ? pipelined : fetched)(spec, sums, edge, parts > 1 ? part : undefined);
   if (parts === 1) return launched(spec, p, edge, { threads, shared }, body);
   const to = operandOf(spec, p.c.name);
   const size = p.m * p.n;
