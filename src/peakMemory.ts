@@ -49,6 +49,7 @@ interface Stretch {
 
 /** A distinct chunk, shortened, with the stretches that were shortened. */
 interface ChunkKind {
+  readonly whole: readonly ModelPosition[];
   readonly places: readonly ModelPosition[];
   readonly stretches: readonly Stretch[];
 }
@@ -184,7 +185,7 @@ function shorten({ train: { recompute: r }, parallel }: Job, all: readonly Model
     const end = found.from + KEPT * found.unit;
     places = [...places.slice(0, end), ...places.slice(end + found.removed * found.unit)];
   }
-  return { places, stretches };
+  return { whole: all, places, stretches };
 }
 
 /** Returns the repetition that removes the most layers; it has more than `KEPT` + 1 repetitions. */
@@ -213,7 +214,11 @@ function longest(
   return best;
 }
 
-/** Compiles all distinct chunks as the stages of one pipeline, and once more per stretch with one repetition more. */
+/**
+ * Compiles all distinct chunks as the stages of one pipeline, and once more per stretch with one repetition more. Free holes of a workspace may fit
+ * buffers of some lengths only, so a workspace that grows by a repetition is compiled with two more as well: if it does not grow evenly, whole chunks
+ * are compiled.
+ */
 function memoryOfKinds(job: Job, kinds: readonly ChunkKind[], target: KernelMemory): ChunkMemory[] {
   const base = compiled(
     job,
@@ -223,11 +228,11 @@ function memoryOfKinds(job: Job, kinds: readonly ChunkKind[], target: KernelMemo
   const most = Math.max(0, ...kinds.map(({ stretches }) => stretches.length));
   let memories = base;
   for (let n = 0; n < most; n++) {
-    const longer = compiled(
-      job,
-      kinds.map((kind) => lengthened(kind, n)),
-      target,
-    );
+    const [longer, isEven] = longerBy(job, kinds, n, base, target);
+    if (!isEven) {
+      const whole = kinds.map((kind) => kind.whole);
+      return compiled(job, whole, target);
+    }
     memories = memories.map(({ own, forward, shared, inputs }, k) => {
       const times = kinds[k]?.stretches[n]?.removed ?? 0;
       const more = (kind: keyof MemoryBreakdown): number => own[kind] + times * ((longer[k]?.own[kind] ?? 0) - (base[k]?.own[kind] ?? 0));
@@ -237,13 +242,30 @@ function memoryOfKinds(job: Job, kinds: readonly ChunkKind[], target: KernelMemo
   return memories;
 }
 
-/** Returns the positions of a chunk with one more repetition of its n-th stretch. Later removals may have moved the stretch. */
-function lengthened({ places, stretches }: ChunkKind, n: number): readonly ModelPosition[] {
+/** Compiles chunks with one more repetition of their n-th stretches. Returns their memory, and whether workspaces grow evenly. */
+function longerBy(job: Job, kinds: readonly ChunkKind[], n: number, base: readonly ChunkMemory[], target: KernelMemory) {
+  const withMore = (count: number): ChunkMemory[] =>
+    compiled(
+      job,
+      kinds.map((kind) => lengthened(kind, n, count)),
+      target,
+    );
+  const longer = withMore(1);
+  const growth = (before: readonly ChunkMemory[], after: readonly ChunkMemory[]): string =>
+    after.map(({ own, forward }, k) => `${own.workspace - (before[k]?.own.workspace ?? 0)} ${forward - (before[k]?.forward ?? 0)}`).join();
+  const grown = growth(base, longer);
+  const isEven = grown === growth(base, base) || grown === growth(longer, withMore(2));
+  return [longer, isEven] as const;
+}
+
+/** Returns the positions of a chunk with `more` repetitions of its n-th stretch. Later removals may have moved the stretch. */
+function lengthened({ places, stretches }: ChunkKind, n: number, more: number): readonly ModelPosition[] {
   const stretch = stretches[n];
   if (!stretch) return places;
   const moved = stretches.slice(n + 1).reduce((sum, s) => sum + (s.from < stretch.from ? s.removed * s.unit : 0), 0);
   const from = stretch.from - moved;
-  return [...places.slice(0, from + stretch.unit), ...places.slice(from)];
+  const unit = places.slice(from, from + stretch.unit);
+  return [...places.slice(0, from), ...Array.from({ length: more }, () => unit).flat(), ...places.slice(from)];
 }
 
 /** Compiles chunks as the stages of one pipeline and returns their memory. */

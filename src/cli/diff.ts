@@ -2,7 +2,8 @@ import { type Command, InvalidArgumentError, Option } from "commander";
 import type { Plan } from "../../schemas/plan.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import { type DiffLevel, diffLevels } from "../report/diffLevels.ts";
-import { InvalidJob, isPlanPath, type LoadedPlan, loadPlan } from "./loadPlan.ts";
+import { loadBoth } from "./bothSides.ts";
+import { forDevice, isPlanPath, type LoadedPlan } from "./loadPlan.ts";
 import { asWritten, collect, type JobOptions, type ProcessExit, withExamples, withSet } from "./options.ts";
 import { printJson, printReport, printStdout, reportWidth } from "./output.ts";
 
@@ -71,22 +72,23 @@ function levelOf(text: string, all: readonly DiffLevel[]): DiffLevel[] {
   return [...all, ...named];
 }
 
-/** Loads both sides; `--set` and `-f` apply to the jobs among them. An invalid job is a Trouble, because exit code 1 means that the plans differ. */
+/**
+ * Loads both sides; `--set` and `-f` apply to the jobs among them. A job beside a plan is compiled for the target of that plan; two jobs for their
+ * devices, as `inspect` shows them.
+ */
 async function bothPlans(a: string, b: string | undefined, { set, setA, setB, overlay }: DiffArguments): Promise<[LoadedPlan, LoadedPlan]> {
-  try {
-    if (b === undefined) {
-      if (set.length + setA.length + setB.length + overlay.length === 0)
-        throw new Trouble(
-          "diff needs a second plan or job",
-          "name one, or write --set path=value or -f FILE to compare a job with its changed self",
-        );
-      return [await loadPlan(a, { set: setA, overlay: [] }), await loadPlan(a, { set: [...set, ...setB], overlay })];
-    }
-    const isPlan = { a: isPlanPath(a), b: isPlanPath(b) };
-    const common = (is: boolean): JobOptions => (is && !(isPlan.a && isPlan.b) ? asWritten : { set, overlay });
-    const load = (path: string, { set, overlay }: JobOptions, own: readonly string[]) => loadPlan(path, { set: [...set, ...own], overlay });
-    return [await load(a, common(isPlan.a), setA), await load(b, common(isPlan.b), setB)];
-  } catch (error) {
-    throw error instanceof InvalidJob ? new Trouble("diff needs valid jobs", "fix the findings above; rankc check prints them too") : error;
+  const targetOf = (beside: LoadedPlan | undefined): string => beside?.plan.toolchain.target ?? forDevice;
+  if (b === undefined) {
+    if (set.length + setA.length + setB.length + overlay.length === 0)
+      throw new Trouble(
+        "diff needs a second plan or job",
+        "name one, or write --set path=value or -f FILE to compare a job with its changed self",
+      );
+    const changed = { path: a, set: [...set, ...setB], overlay };
+    return loadBoth("diff", [{ path: a, set: setA, overlay: [] }, changed], targetOf);
   }
+  const isPlan = { a: isPlanPath(a), b: isPlanPath(b) };
+  const common = (is: boolean): JobOptions => (is && !(isPlan.a && isPlan.b) ? asWritten : { set, overlay });
+  const side = (path: string, { set, overlay }: JobOptions, own: readonly string[]) => ({ path, set: [...set, ...own], overlay });
+  return loadBoth("diff", [side(a, common(isPlan.a), setA), side(b, common(isPlan.b), setB)], targetOf);
 }

@@ -53,15 +53,19 @@ export async function readJobText(text: string, path: string, { set, overlay }: 
   return readJobWith({ load, target: named, known: knownPeaks(target), chooseAuto }, text, path, set, jobFiles(overlay));
 }
 
-/** Compiles a job for a target (default: cpu), or takes the plan that the cache has, and prints its findings. `needsPasses`: compile in any case, for `emit`. Throws InvalidJob, or a Trouble if the file cannot be read. */
+/** What is done with the findings of a job; default: they are printed. */
+type Report = (findings: readonly Finding[]) => Promise<void>;
+
+/** Compiles a job for a target (default: cpu), or takes the plan that the cache has, and reports its findings. `needsPasses`: compile in any case, for `emit`. Throws InvalidJob, or a Trouble if the file cannot be read. */
 export async function compileAt(
   path: string,
   options: JobOptions,
   named?: string,
   needsPasses = false,
+  report: Report = printFindings,
 ): Promise<Pick<Compiled, "plan" | "sources"> & Partial<Pick<Compiled, "emit">> & { findings: readonly Finding[]; auto?: AutoChoice }> {
   const { job, findings, auto } = await readJobAt(path, options, named === forDevice ? undefined : named);
-  await printFindings(findings);
+  await report(findings);
   if (!job) throw new InvalidJob();
   if (auto) printStderr(await autoLine(auto));
   return { ...(await compileJob(job, named ?? "cpu", needsPasses)), findings, ...(auto && { auto }) };
@@ -98,20 +102,20 @@ export async function compileJob(
 }
 
 /** In place of a target: the kernels of cluster.device, without their texts. Such a plan is for reports, and not to be written. */
-const forDevice = "device";
+export const forDevice = "device";
 
 /** Reads a plan, or compiles a job for its device: kernels as they would run there, for reports of time and memory. Throws what `loadPlan` throws. */
 export const loadPlanForDevice = (path: string, options: JobOptions): Promise<LoadedPlan> =>
   isPlanPath(path) ? loadPlan(path, options) : loadPlan(path, options, forDevice);
 
 /** Reads a plan, or compiles a job. Throws a Trouble if `--target`, `--set` or `-f` is given for a plan, and whatever `compileAt` throws. */
-export async function loadPlan(path: string, options: JobOptions, target?: string): Promise<LoadedPlan> {
+export async function loadPlan(path: string, options: JobOptions, target?: string, report?: Report): Promise<LoadedPlan> {
   if (basename(path) === "plan.txt" && existsSync(join(dirname(path), "plan.json")))
     throw new Trouble(`${path} is the text of a plan for people`, `name the folder: ${dirname(path)}`);
   const inGit = await resolvedGitFile(path);
   const file = inGit ? undefined : planFile(path);
   if (!file && !inGit?.isPlan) {
-    const { plan, sources } = await compileAt(path, options, target);
+    const { plan, sources } = await compileAt(path, options, target, false, report);
     return { plan, source: (name) => entryOf(sources, name, "source") };
   }
   if (target !== undefined) throw new Trouble(`--target needs a job; ${path} is a compiled plan`, "name the job, or omit --target");

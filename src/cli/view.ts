@@ -1,8 +1,8 @@
 import type { Command } from "commander";
-import { Trouble } from "../../schemas/trouble.ts";
 import type { PlanToView } from "../report/view/readPlanView.ts";
+import { loadBoth } from "./bothSides.ts";
 import type { Searched } from "./keyPlace.ts";
-import { InvalidJob, isPlanPath, type LoadedPlan, loadPlan } from "./loadPlan.ts";
+import { type LoadedPlan, loadPlan } from "./loadPlan.ts";
 import { asWritten, type JobOptions, withExamples, withSet, withTarget } from "./options.ts";
 import { printStderr } from "./output.ts";
 import { expectWritable, writeFile } from "./outputFiles.ts";
@@ -43,16 +43,18 @@ export function registerView(program: Command): void {
   });
 }
 
-/** Loads both plans. An invalid second job is a Trouble, as the findings do not say of which job they are. */
+/** Loads one plan or both. A job is compiled for the target that is asked for. */
 async function loaded(first: string, second: string | undefined, options: ViewOptions): Promise<[LoadedPlan, LoadedPlan?]> {
-  const { target } = options;
+  const { target, set, overlay } = options;
   if (second === undefined) return [await loadPlan(first, options, target)];
-  const targetFor = (path: string): string | undefined => (isPlanPath(path) ? undefined : target);
-  try {
-    return [await loadPlan(first, asWritten, targetFor(first)), await loadPlan(second, options, targetFor(second))];
-  } catch (error) {
-    throw error instanceof InvalidJob ? new Trouble("view needs valid jobs", "fix the findings above; rankc check prints them too") : error;
-  }
+  return loadBoth(
+    "view",
+    [
+      { path: first, ...asWritten },
+      { path: second, set, overlay },
+    ],
+    () => target,
+  );
 }
 
 /** Adds to a plan what the page shows beside it. */

@@ -100,6 +100,13 @@ test("the scratch of kernels is a part of it", async () => {
   expect(Math.max(...memory.map(({ scratch }) => scratch))).toBeGreaterThan(0);
 });
 
+test("the workspace of a chunk whose length decides what fits its holes is that of the whole chunk", async () => {
+  const target = await loadTarget("cuda:sm_80");
+  const { job: of } = readJob(published("mixtral-8x7b-16gpu"), "job.yaml", ["parallel.expert_tensor=1", "parallel.expert=4"]);
+  const { memory, programs } = compile(of!, { target }).plan;
+  expect(memoryOfStages(of!, target)).toEqual(programs.map((p, stage) => memoryBreakdown(p, memory[stage]!)));
+});
+
 const published = (name: string): string => readFileSync(new URL(`../../plans/${name}/job.yaml`, import.meta.url), "utf8");
 
 test("for a recipe whose worst case does not fit, the rule states the memory with rows_bound, and its meaning", async () => {
