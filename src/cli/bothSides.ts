@@ -51,23 +51,15 @@ export async function loadBoth(
 async function printOfSides(sides: Pair<Side>, [a, b]: Pair<readonly Finding[]>): Promise<void> {
   const keyOf = ({ code, path, found }: Finding): string => JSON.stringify([code, path, found]);
   const [ofA, ofB] = [a, b].map((findings) => new Set(findings.map(keyOf)));
-  const print = async (whose: string, findings: readonly Finding[]): Promise<void> => {
-    if (findings.length === 0) return;
-    printStderr(`${whose}:\n`);
+  const groups: readonly (readonly [whose: string, findings: readonly Finding[]])[] = [
+    ["both jobs", a.filter((finding) => ofB?.has(keyOf(finding)))],
+    [sideName(sides[0]), a.filter((finding) => !ofB?.has(keyOf(finding)))],
+    [sideName(sides[1]), b.filter((finding) => !ofA?.has(keyOf(finding)))],
+  ];
+  for (const [n, [whose, findings]] of groups.filter((group) => group[1].length > 0).entries()) {
+    printStderr(`${n > 0 ? "\n" : ""}${whose}:`);
     await printFindings(findings);
-  };
-  await print(
-    "both jobs",
-    a.filter((finding) => ofB?.has(keyOf(finding))),
-  );
-  await print(
-    sideName(sides[0]),
-    a.filter((finding) => !ofB?.has(keyOf(finding))),
-  );
-  await print(
-    sideName(sides[1]),
-    b.filter((finding) => !ofA?.has(keyOf(finding))),
-  );
+  }
 }
 
 /** Returns the arguments that make a side: `job.yaml --set parallel.tensor=4`. */

@@ -203,6 +203,37 @@ describe.concurrent("the command line", () => {
     expect((await rankc("git-driver")).err).toContain("the argument <what> is missing");
   });
 
+  test("diff says of which job a finding is, and that of both once; a job beside a plan has the target of that plan", async () => {
+    const moe = place(
+      "moe.yaml",
+      readFileSync(job, "utf8")
+        .replace("seq: 8}", "seq: 8, moe: {experts: 8, top_k: 2, ffn: 16}}")
+        .replace("world: 2", "world: 8")
+        .replace("global_batch: 2", "global_batch: 8"),
+    );
+    const narrow = ["--set-b", "parallel.expert_tensor=4"];
+    const { err, exit } = await rankc("diff", moe, moe, "--set", "parallel.expert_tensor=2", ...narrow, "--stat");
+    expect(exit).toBe(1);
+    const headsOf = (text: string) =>
+      text.split("\n").flatMap((line) => /^(both jobs|.*moe\.yaml.*):$|^warning\[(\w+)\]/.exec(line)?.[0] ?? []);
+    const first = `${moe} --set parallel.expert_tensor=2`;
+    const sharded = "warning[E408]";
+    expect(headsOf(err)).toEqual([
+      ...["both jobs:", "warning[E404]"],
+      ...[`${first}:`, sharded],
+      ...[`${first} --set parallel.expert_tensor=4:`, sharded],
+    ]);
+    const both = await rankc("diff", moe, moe, "--set", "parallel.expert_tensor=2", "--set-b", "train.seed=7", "--stat");
+    expect(headsOf(both.err)).toEqual(["both jobs:", sharded, "warning[E404]"]);
+    const wrong = await rankc("diff", moe, "--set", "parallel.expert_tensr=2");
+    expect(wrong).toMatchObject({ exit: 2 });
+    expect(wrong.err).toContain(`${moe} --set parallel.expert_tensr=2:\nerror[S010]`);
+    expect(wrong.err).toContain("diff needs valid jobs");
+    const plan = join(folder, "gpu-plan");
+    await rankc("compile", moe, "--target", "webgpu", "-o", plan);
+    expect(await rankc("diff", moe, plan)).toMatchObject({ exit: 0, out: "the plans are the same\n" });
+  });
+
   test("help shows examples and exits with 0", async () => {
     const { exit, out } = await rankc("compile", "--help");
     expect(exit).toBe(0);
