@@ -5,6 +5,7 @@ import { join } from "node:path";
 import { expect, test } from "vitest";
 import { packageProfile } from "../../src/analysis/estimate/profiles.ts";
 import { loadSearchJob } from "../../src/cli/searchJob.ts";
+import { warningsOf } from "../../src/cli/warnings.ts";
 import { loadDeviceTargets } from "../../src/codegen/targets.ts";
 import { compile } from "../../src/compile.ts";
 import { readJob } from "../../src/frontend/readJobNow.ts";
@@ -36,18 +37,23 @@ interface Answer {
 /** The first paragraph of a report. */
 const first = (lines: readonly string[]): readonly string[] => lines.slice(0, lines.indexOf(""));
 
-/** The answers about the job at `path`; `id` names an all-gather of the job, `sets` the change that is compared. */
-function answersOf(path: string, id: string, sets: readonly string[]): readonly Answer[] {
+/** The answers about the job at `path`, as the commands print them; `id` names an all-gather of the job, `sets` the change that is compared. */
+async function answersOf(path: string, id: string, sets: readonly string[]): Promise<readonly Answer[]> {
   const text = readFileSync(new URL(`../../${path}`, import.meta.url), "utf8");
   const planOf = (...set: string[]) => compile(readJob(text, path, set).job!).plan;
   const plan = planOf();
-  const view = inspectPlan(plan);
-  const diff = diffPlans(plan, planOf(...sets));
+  const profile = packageProfile(plan.job.cluster.device);
+  const view = inspectPlan(plan, { profile });
+  const diff = diffPlans(plan, planOf(...sets), { profileOf: () => profile });
   const line = text.split("\n").findIndex((l) => l.trim().startsWith("tensor:")) + 1;
   const key = { path: "parallel.tensor", line: `${path}:${line}: tensor: 2` };
   const tensors = printTensors(plan, view, 10, WIDTH);
   return [
-    { question: "What is in this plan?", command: "rankc inspect plan/", lines: printOverview(plan, view, [], WIDTH).split("\n") },
+    {
+      question: "What is in this plan?",
+      command: "rankc inspect plan/",
+      lines: printOverview(plan, view, await warningsOf(plan), WIDTH).split("\n"),
+    },
     {
       question: "Which ranks talk for experts, and over which links?",
       command: "rankc inspect plan/ --comms --top 4",
@@ -66,7 +72,7 @@ function answersOf(path: string, id: string, sets: readonly string[]): readonly 
     {
       question: "Why is this all-gather there?",
       command: `rankc inspect plan/ --why ${id} --job job.yaml`,
-      lines: printWhy(explainId(plan, findId(plan, id)), key, ["P104", ""], WIDTH),
+      lines: printWhy(explainId(plan, findId(plan, id), profile), key, ["P104", ""], WIDTH),
     },
     {
       question: "What did a pull request change?",
@@ -108,8 +114,8 @@ const plain = ({ lines }: Answer): string[] =>
     .trimEnd()
     .split("\n");
 
-test("each question about a job of 16 ranks has an answer of 80 columns", () => {
-  const answers = answersOf("plans/tiny-mixtral/job.yaml", "layers.0.attn.norm@dp,-,-.all_gather", [
+test("each question about a job of 16 ranks has an answer of 80 columns", async () => {
+  const answers = await answersOf("plans/tiny-mixtral/job.yaml", "layers.0.attn.norm@dp,-,-.all_gather", [
     "parallel.expert_tensor=2",
     "parallel.expert=1",
   ]);
@@ -144,7 +150,7 @@ test("each question is answered by its command within ten CPU seconds", full, as
 });
 
 test("the page has the answers of this version", full, async () => {
-  const answers = answersOf("plans/deepseek-v3-1024gpu/job.yaml", "layers.17.mlp.norm@dp,-,-.all_gather", [
+  const answers = await answersOf("plans/deepseek-v3-1024gpu/job.yaml", "layers.17.mlp.norm@dp,-,-.all_gather", [
     "parallel.expert_tensor=4",
     "parallel.expert=16",
   ]);
