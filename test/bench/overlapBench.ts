@@ -79,6 +79,15 @@ const overlaps: Readonly<Record<string, Added>> = {
   "plain exchange, all of them": { ...all, plain: true },
   "dispatch: once, interleave": { parallel: { expert_overlap: "interleave" }, moe: { dispatch: "once" } },
   "plain exchange, all of them, dispatch: once": { ...all, moe: { dispatch: "once" }, plain: true },
+  "dispatch: once_per_node": { moe: { dispatch: "once_per_node" } },
+  "dispatch: once_per_node, interleave": { parallel: { expert_overlap: "interleave" }, moe: { dispatch: "once_per_node" } },
+  "plain exchange, dispatch: once_per_node": { moe: { dispatch: "once_per_node" }, plain: true },
+  "plain exchange, dispatch: once_per_node, interleave": {
+    parallel: { expert_overlap: "interleave" },
+    moe: { dispatch: "once_per_node" },
+    plain: true,
+  },
+  "plain exchange, all of them, dispatch: once_per_node": { ...all, moe: { dispatch: "once_per_node" }, plain: true },
 };
 
 const { values, positionals: asked } = parseArgs({ options: { rows: { type: "string" } }, allowPositionals: true });
@@ -110,9 +119,11 @@ for (const [name, { job: base, perNode }] of Object.entries(jobs)) {
       what,
       seconds.toFixed(2),
       (model_flops_per_second / 1e12).toFixed(0),
-      ...[exposed((axes) => axes !== "ep" && axes.includes("dp")), exposed((axes) => axes === "ep"), exposed((axes) => axes === "tp")].map(
-        (s) => s.toFixed(3),
-      ),
+      ...[
+        exposed((axes) => axes !== "ep" && axes.includes("dp")),
+        exposed((axes) => /^ep\b/.test(axes)),
+        exposed((axes) => axes === "tp"),
+      ].map((s) => s.toFixed(3)),
       (largest(plan.memory, (m) => m.peak) / 2 ** 30).toFixed(1),
     );
   }

@@ -106,6 +106,15 @@ test("communication_sms limits each stream; stages with different limits are ref
   expect(() => verifyPrograms(spoilt, mesh)).toThrow(/stage 1: gradients occupies any number of multiprocessors, and 8 on another stage/);
 });
 
+test("one rank has no collectives: with any key of overlap its programs and kernels are those without", () => {
+  const of = (keys: object) => planOf({ distributed_optimizer: true, ...keys });
+  const { programs, kernels } = of({});
+  expect(programs.some(({ streams }) => streams)).toBe(false);
+  const keys = [buckets, { ...buckets, parameter_gather: "forward", communication_sms: 8 }, { expert_overlap: "shared" }];
+  for (const own of [...keys, { expert_overlap: "interleave" }, { tensor_overlap: "backward" }, { tensor_overlap: 2 }])
+    expect(of(own), JSON.stringify(own)).toMatchObject({ programs, kernels });
+});
+
 describe("parameters that are gathered in forward", () => {
   const evaluation = { every: 1 };
   const own = { world: 4, distributed_optimizer: true, parameter_bucket: 0.01, parameter_gather: "forward" };

@@ -6,18 +6,18 @@ import type { Plan } from "../../schemas/plan.ts";
 import { instructionsOf } from "../../schemas/program.ts";
 import { stageOfRank } from "../../schemas/sharding.ts";
 import { compile } from "../../src/compile.ts";
-import { fixture, jobOf, sameNumbers } from "../support/job.ts";
+import { fixture, jobOf, meshOf, sameNumbers } from "../support/job.ts";
 import { random } from "../support/opCases.ts";
 import { train } from "../support/steps.ts";
 import { byTier } from "../support/tiers.ts";
 
 const moe = { experts: 4, top_k: 2, ffn: 8, shared: { ffn: 8, gate: true }, router: { balance: "aux_loss", aux_coeff: 0.05 } };
-const planOf = (parallel: object, model: object = {}, over: object = {}, data: object = { path: "corpus.txt" }): Plan =>
+const planOf = (placed: object, model: object = {}, over: object = {}, data: object = { path: "corpus.txt" }): Plan =>
   compile(
     jobOf({
       name: "overlap",
       model: { ...{ layers: 2, hidden: 16, ffn: 24, heads: 4, kv_heads: 2, head_dim: 4, vocab: 256, seq: 8 }, ...model },
-      parallel,
+      ...meshOf(placed),
       train: { micro_batch: 1, global_batch: 8, steps: 3, precision: "fp32", init: { std: 0.2 }, optimizer: { lr: 1e-2 }, ...over },
       data,
     }),
@@ -54,6 +54,10 @@ const cases: Readonly<Record<string, readonly [parallel: object, model?: object,
   "a token is sent once to each rank with experts of it": [
     { world: 8, tensor: 2, sequence: true, expert: 4, expert_tensor: 2, distributed_optimizer: true },
     { moe: { ...moe, experts: 8, top_k: 3, dispatch: "once" } },
+  ],
+  "a token is sent once to each node, and in it once to each rank": [
+    { world: 8, tensor: 2, sequence: true, expert: 4, distributed_optimizer: true, gpus_per_node: 2 },
+    { moe: { ...moe, experts: 8, top_k: 3, dispatch: "once_per_node" } },
   ],
   "a pipeline without bubbles": [{ world: 8, pipeline: 2, schedule: "zero_bubble", expert: 2, distributed_optimizer: true }, { moe }],
   "latent experts, recomputed, on grids that do not nest": [
@@ -180,6 +184,11 @@ const cases: Readonly<Record<string, readonly [parallel: object, model?: object,
   "pairs whose tokens travel once to each rank, products in parts": [
     { world: 8, tensor: 2, sequence: true, expert: 4, tensor_overlap: 2, expert_overlap: "interleave" },
     { moe: { ...moe, dispatch: "once" }, seq: 32 },
+    { global_batch: 16 },
+  ],
+  "pairs whose tokens travel once to each node": [
+    { world: 8, pipeline: 2, expert: 4, expert_overlap: "interleave", gpus_per_node: 2 },
+    { moe: { ...moe, dispatch: "once_per_node" } },
     { global_batch: 16 },
   ],
   "pairs while the batch grows": [
