@@ -137,15 +137,19 @@ function valueFaultOf(issue: Issue, path: Path, schema: Schema | undefined, valu
       `write ${dotted}: ${expected(schema)}`,
     );
   const choices = choicesOf(schema);
-  if (choices && (typeof value === "string" || issue.code === "invalid_value")) {
-    const close = detailed && typeof value === "string" ? closest(value, choices) : undefined;
+  const close = detailed && choices && typeof value === "string" ? closest(value, choices) : undefined;
+  // a key may take a number or a word: a text that is near none of the words is of the wrong type
+  const isChoice = close !== undefined || !isNumeric(schema);
+  if (choices && isChoice && (typeof value === "string" || issue.code === "invalid_value")) {
     const only = close ?? (choices.length === 1 ? choices[0] : undefined);
     return find(
       shapeFaults.choice,
       path,
       "value",
       `${dotted} is ${show(value)}`,
-      choices.length > 1 && only ? `did you mean ${only}? The choices are ${expected(schema)}` : `write ${expected(schema)}`,
+      (choices.length > 1 || isNumeric(schema)) && only
+        ? `did you mean ${only}? The choices are ${expected(schema)}`
+        : `write ${expected(schema)}`,
       only === undefined ? undefined : { path: dotted, value: only, isCertain: typeof value === "string" && plain(value) === plain(only) },
     );
   }
@@ -155,7 +159,7 @@ function valueFaultOf(issue: Issue, path: Path, schema: Schema | undefined, valu
   }
   const number = typeof value === "string" ? Number(value.replaceAll("_", "")) : Number.NaN;
   const truth = schema?.type === "boolean" && typeof value === "string" ? truths[value.toLowerCase()] : undefined;
-  const meant = truth ?? (value !== "" && schema && isNumberOf(schema, number) ? number : undefined);
+  const meant = truth ?? (value !== "" && schema && variantsOf(schema).some((variant) => isNumberOf(variant, number)) ? number : undefined);
   return find(
     shapeFaults.type,
     path,
@@ -248,8 +252,13 @@ function expected(schema: Schema | undefined): string {
 
 function range({ minimum, maximum }: Schema): string {
   if (maximum !== undefined && maximum < Number.MAX_SAFE_INTEGER) return ` from ${minimum} to ${maximum}`;
-  return minimum !== undefined && minimum > Number.MIN_SAFE_INTEGER ? `, ${minimum} or more` : "";
+  return minimum !== undefined && minimum > Number.MIN_SAFE_INTEGER ? ` of at least ${minimum}` : "";
 }
+
+const variantsOf = (schema: Schema): readonly Schema[] => schema.anyOf ?? [schema];
+/** Returns whether a value may be a number. */
+const isNumeric = (schema: Schema | undefined): boolean =>
+  schema !== undefined && variantsOf(schema).some(({ type }) => type === "integer" || type === "number");
 
 function choicesOf(schema: Schema | undefined): string[] | undefined {
   if (schema?.enum) return schema.enum.map(String);

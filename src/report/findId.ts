@@ -90,15 +90,32 @@ function closest(ids: readonly PlacedId[], text: string): PlacedId {
       `write more of the id: ${names.slice(0, MOST).join(", ")}${more}`,
     );
   }
-  const near = [...byForm.keys()]
-    .map((form) => ({ form, distance: distanceOf(form, text) }))
-    .filter(({ distance }) => distance <= Math.max(1, text.length / 3))
-    .sort((a, b) => a.distance - b.distance)
-    .slice(0, MOST);
+  const near = nearest([...byForm.keys()], text);
+  // a layer that is named stays that layer, where it has such an id
+  const layer = /\blayers\.(\d+)\b/.exec(text)?.[1];
+  const named = (form: string): string => {
+    const own = form.replace("*", layer ?? "*");
+    return layer !== undefined && ids.some(({ id }) => id === own) ? own : form;
+  };
   throw new Trouble(
     `no instruction and no buffer is named "${printable(text, 80)}"`,
-    near.length > 0 ? `did you mean ${near.map(({ form }) => form).join(", ")}?` : "inspect with --rank 0 lists the instructions of a rank",
+    near.length > 0 ? `did you mean ${near.map(named).join(", ")}?` : "inspect with --rank 0 lists the instructions of a rank",
   );
+}
+
+/** Returns the forms that a misspelt text is nearest to. Neither the number of a layer nor the axes of a collective count. */
+function nearest(forms: readonly string[], text: string): string[] {
+  const plain = text.replace(/\blayers\.\d+\b/, "layers.*");
+  const distances = forms.map((form) => ({
+    form,
+    distance: Math.min(distanceOf(form, plain), distanceOf(form.replace(/@[^.]*/, ""), plain)),
+  }));
+  const least = Math.min(...distances.map(({ distance }) => distance));
+  return distances
+    .filter(({ distance }) => distance <= Math.max(1, text.length / 3) && distance <= least + 2)
+    .sort((a, b) => a.distance - b.distance)
+    .slice(0, MOST)
+    .map(({ form }) => form);
 }
 
 /** The ways in which a text may mean an id, from the most exact: the end of it, whole parts with the last one, whole parts, any parts. */

@@ -4,6 +4,7 @@ import fc from "fast-check";
 import { describe, expect, test } from "vitest";
 import type { Instruction } from "../../schemas/plan.ts";
 import { instructionsOf } from "../../schemas/program.ts";
+import { Trouble } from "../../schemas/trouble.ts";
 import { BufferTable } from "../../src/analysis/bufferTable.ts";
 import { layerOf } from "../../src/analysis/layerNames.ts";
 import { anyLayer } from "../../src/analysis/layerText.ts";
@@ -164,6 +165,16 @@ describe("ids", () => {
   test("an id that fits several or none is an error with suggestions", () => {
     expect(() => findId(mixtral, "all_gather")).toThrow(/fits \d+ instructions and buffers/);
     expect(() => findId(mixtral, "layers.*.moe.wx")).toThrow('no instruction and no buffer is named "layers.*.moe.wx"');
+    const fixOf = (text: string): string | undefined => {
+      try {
+        return findId(mixtral, text).id;
+      } catch (error) {
+        return error instanceof Trouble ? error.fix : "";
+      }
+    };
+    // axes are left out and words misspelt; the layer that is named stays
+    expect(fixOf("layers.1.moe.permut.dispach")).toBe("did you mean layers.1.moe.permute@-,etp,ep,-.dispatch?");
+    expect(fixOf("layers.9.attn.wo.dgrda")).toMatch(/^did you mean layers\.\*\.attn\.wo\.dgrad/);
   });
 });
 

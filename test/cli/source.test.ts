@@ -64,6 +64,13 @@ test("an unknown key is answered with the key that was meant", () => {
   expect(({} as Record<string, unknown>).a).toBeUndefined();
 });
 
+test("a key that takes a number or a word: a text near the word is a choice, another is of the wrong type, a quoted number is a number", () => {
+  const of = (value: string): string[] => say(smallest, [`parallel.tensor=${value}`]);
+  expect(of("aut")).toEqual([expect.stringMatching(/^S013 .*did you mean auto\?/)]);
+  expect(of("abc")).toEqual([expect.stringMatching(/^S012 .*write a whole number of at least 1 or auto$/)]);
+  expect(of('"1"')).toEqual([expect.stringMatching(/^S012 .*write the number 1, without quotes or separators$/)]);
+});
+
 test("a misspelt key is one finding, and rules still apply in the same run", () => {
   const text = smallest.replace("hidden: 16", "hiden: 16").replace("{world: 1}", '{world: "6", tp: 4}');
   expect(readJob(text, "j").findings.map((f) => `${f.code} ${f.path}`)).toEqual([
@@ -86,13 +93,13 @@ parallel:
     [
       "S012 name: name is 3. write some text",
       "S012 model.layers: model.layers is the text "32". write the number 32, without quotes or separators",
-      "S012 model.hidden: model.hidden is 8.5. write a whole number, 1 or more",
-      "S014 model.heads: model.heads is 0. write a whole number, 1 or more",
-      "S012 model.vocab: model.vocab is a list of 1. write a whole number, 1 or more",
-      "S011 model.seq: model.seq is not written. write model.seq: a whole number, 1 or more",
+      "S012 model.hidden: model.hidden is 8.5. write a whole number of at least 1",
+      "S014 model.heads: model.heads is 0. write a whole number of at least 1",
+      "S012 model.vocab: model.vocab is a list of 1. write a whole number of at least 1",
+      "S011 model.seq: model.seq is not written. write model.seq: a whole number of at least 1",
       "S013 model.activation: model.activation is the text "relu". did you mean gelu? The choices are swiglu, geglu, quick_geglu, gelu, gelu_tanh or squared_relu",
       "S013 model.qk_norm: model.qk_norm is the text "heads". did you mean head? The choices are none, head or full",
-      "S013 model.moe.rows_bound: model.moe.rows_bound is the text "wors". write worst or a number, 1 or more",
+      "S013 model.moe.rows_bound: model.moe.rows_bound is the text "wors". did you mean worst? The choices are worst or a number of at least 1",
       "S012 parallel: parallel is empty. leave it out, or write a section with the keys world, tensor, sequence, pipeline, virtual_pipeline, layout, schedule, expert, expert_tensor, context, context_method, data, distributed_optimizer, optimizer_instances, gradient_bucket, parameter_bucket, parameter_gather, expert_overlap, tensor_overlap, communication_sms, order",
       "S012 train.optimizer.lr: train.optimizer.lr is the text "1_000". write the number 1000, without quotes or separators",
       "S012 train.optimizer.betas: train.optimizer.betas is a list of 1. write a list of 2 numbers",
