@@ -42,7 +42,7 @@ const KernelLaw = z.strictObject({
 /** A value of the schema `KernelLaw`. */
 export type KernelLaw = z.infer<typeof KernelLaw>;
 
-/** A measured kernel: sizes as `kernelShape` names them (m, n, k, experts; or tokens, keys, heads, group, width, value_width; or bytes). */
+/** A measured kernel: op and sizes as `kernelShape` names them (m, n, k, experts; or tokens, keys, heads, group, width, value_width; or bytes). */
 const MeasuredKernel = z.strictObject({
   op: z.string().min(1),
   sizes: z.record(z.string(), positive),
@@ -122,8 +122,14 @@ export const DeviceProfile = z.strictObject({
     host_ahead_us: atLeastZero
       .optional()
       .describe("the same where the host waits for no count of rows, so that it prepares launches ahead; default: host_us"),
-    event_us: atLeastZero.default(0).describe("of each launch in a step whose instructions are timed: the events around it"),
+    event_us: atLeastZero.default(0).describe("of each instruction in a step whose instructions are timed: the events around it"),
     clock: share.describe("arithmetic runs at this share of the rates of the laws and of the table: power lowers the clock in a long step"),
+    power: z
+      .strictObject({ limit: positive, arithmetic: atLeastZero, memory: atLeastZero })
+      .optional()
+      .describe(
+        "what the power limit leaves of the clock, beside `clock`: limit - arithmetic · (FLOP/s of the kernels of a step / peak) - memory · (bytes/s / bandwidth), at most 1. `measured` has times at clock 1",
+      ),
     families: z.record(z.enum(kernelFamilies), KernelLaw),
     measured: z.array(MeasuredKernel),
   }),

@@ -5,7 +5,7 @@
 import type { DeviceProfile } from "../../schemas/deviceProfile.ts";
 import { rowsSent } from "../../schemas/experts.ts";
 import type { Job } from "../../schemas/job.ts";
-import { hardwareOf } from "../analysis/estimate/kernelTime.ts";
+import { hardwareOf } from "../analysis/estimate/hardware.ts";
 import { collectiveSeconds, transferSeconds } from "../analysis/estimate/linkTime.ts";
 import type { Assumptions } from "../analysis/estimate/timedBlocks.ts";
 import type { GroupTopology } from "../analysis/estimate/topology.ts";

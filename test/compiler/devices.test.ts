@@ -3,7 +3,7 @@ import { expect, test } from "vitest";
 import { DeviceProfile } from "../../schemas/deviceProfile.ts";
 import { type Device, deviceNames, deviceOf } from "../../schemas/devices.ts";
 import { instructionsOf } from "../../schemas/program.ts";
-import { hardwareOf } from "../../src/analysis/estimate/kernelTime.ts";
+import { hardwareOf } from "../../src/analysis/estimate/hardware.ts";
 import { parseProfile } from "../../src/analysis/estimate/profileFile.ts";
 import { packageProfile, profileNames } from "../../src/analysis/estimate/profiles.ts";
 import { targetNames } from "../../src/codegen/targetNames.ts";

@@ -7,9 +7,11 @@ import type { Timing } from "../../../schemas/timing.ts";
 import { largest } from "../../units.ts";
 import { buffersOf } from "../bufferTable.ts";
 import { programOf } from "../stages.ts";
+import { hardwareOf } from "./hardware.ts";
 import { asFirst, type KernelShape, kernelShape } from "./kernelShape.ts";
-import { hardwareOf, lawSeconds } from "./kernelTime.ts";
+import { lawSeconds } from "./kernelTime.ts";
 import { sentShare } from "./linkTime.ts";
+import { clockOf } from "./powerClock.ts";
 import { topologyOf } from "./topology.ts";
 
 /** What a calibration says about itself. */
@@ -46,7 +48,7 @@ interface MeasuredCollective {
  * measured. Links that were not measured are those of `base`.
  */
 export function calibrated(base: DeviceProfile, runs: readonly CalibrationRun[], source: CalibrationSource): DeviceProfile {
-  const { kernels, collectives } = samplesOf(runs);
+  const { kernels, collectives } = samplesOf(base, runs);
   const { from, date, ...named } = source;
   const profile: DeviceProfile = { ...base, ...named };
   const hardware = hardwareOf(profile);
@@ -114,7 +116,7 @@ function eventsOf(runs: readonly CalibrationRun[], launch_us: number): number {
 }
 
 /** Groups the times of kernels by op and sizes, and those of collectives inside a node by kind, ranks and bytes. */
-function samplesOf(runs: readonly CalibrationRun[]) {
+function samplesOf(base: DeviceProfile, runs: readonly CalibrationRun[]) {
   const kernels = new Map<string, Samples<KernelShape>>();
   const collectives = new Map<string, Samples<MeasuredCollective>>();
   const put = <Of>(all: Map<string, Samples<Of>>, key: string, of: Of, us: number): void => {
@@ -126,20 +128,47 @@ function samplesOf(runs: readonly CalibrationRun[]) {
     const stages = new Map<number, ReturnType<typeof stageShapes>>();
     for (const timings of steps) {
       const seen = new Set<string>();
-      for (const { rank, id, us } of wholeTimes(timings)) {
+      const found = wholeTimes(timings).map(({ rank, id, us }) => {
         const stage = stageOfRank(plan.mesh, rank);
         const shapes = stages.get(stage) ?? stageShapes(plan, stage);
         stages.set(stage, shapes);
         const isFirst = !seen.has(`${rank} ${id}`);
         seen.add(`${rank} ${id}`);
-        const kernel = (isFirst ? shapes.firsts : shapes.kernels).get(id);
-        if (kernel) put(kernels, JSON.stringify([kernel.op, kernel.sizes]), kernel, us);
-        const collective = shapes.collectives.get(id);
+        return { rank, us, kernel: (isFirst ? shapes.firsts : shapes.kernels).get(id), collective: shapes.collectives.get(id) };
+      });
+      const clockOf = clocksOf(base, found);
+      for (const { rank, us, kernel, collective } of found) {
+        if (kernel) put(kernels, JSON.stringify([kernel.op, kernel.sizes]), kernel, us * atFullClock(base, kernel, clockOf(rank)));
         if (collective) put(collectives, JSON.stringify(collective), collective, us);
       }
     }
   }
   return { kernels: [...kernels.values()], collectives: [...collectives.values()] };
+}
+
+/** Returns a function from a rank to the clock that the power limit left in a step, by the law of `base`. */
+function clocksOf(
+  base: DeviceProfile,
+  timed: readonly { readonly rank: number; readonly us: number; readonly kernel: KernelShape | undefined }[],
+): (rank: number) => number {
+  const work = new Map<number, { flops: number; bytes: number; us: number }>();
+  for (const { rank, us, kernel } of timed) {
+    if (!kernel) continue;
+    const load = work.get(rank) ?? { flops: 0, bytes: 0, us: 0 };
+    work.set(rank, { flops: load.flops + kernel.flops, bytes: load.bytes + kernel.bytes, us: load.us + us });
+  }
+  const hardware = hardwareOf(base);
+  return (rank) => {
+    const load = work.get(rank);
+    return load ? clockOf(base.kernels, hardware, load, 1e-6 * load.us) : 1;
+  };
+}
+
+/** Returns the time of a kernel at the full clock over that at a lower one, by its law. */
+function atFullClock({ kernels, ...base }: DeviceProfile, shape: KernelShape, clock: number): number {
+  const law = kernels.families[shape.family];
+  const hardware = hardwareOf(base);
+  return lawSeconds(shape, law, hardware) / lawSeconds(shape, { ...law, peak_share: law.peak_share * clock }, hardware);
 }
 
 /** Adds the launches of one instruction up: they follow one another. Instructions that took no time by the clock are left out. */

@@ -2,7 +2,8 @@
 import type { DeviceProfile } from "../../../schemas/deviceProfile.ts";
 import type { Plan } from "../../../schemas/plan.ts";
 import { modelFlops } from "../modelFlops.ts";
-import { hardwareOf, type TimeSource, timeSources } from "./kernelTime.ts";
+import { hardwareOf } from "./hardware.ts";
+import { type TimeSource, timeSources } from "./kernelTime.ts";
 import { type SimulatedStage, type Simulation, simulate } from "./simulate.ts";
 import type { Assumptions, CommunicationClass } from "./timedBlocks.ts";
 import { sumOfParts, type TimeParts } from "./timeParts.ts";

@@ -88,8 +88,8 @@ export function asFirst(i: Compute): Compute {
 }
 
 /**
- * Returns the shape of a kernel on one rank, with the expected number of rows. A product that adds to a result has " adds" behind its op, and one of
- * operands in f32 " f32".
+ * Returns the shape of a kernel on one rank, with the expected number of rows. A product that adds to a result has " adds" behind its op, one of
+ * operands in f32 " f32", and one whose weights have a dim that 8 does not divide " unaligned".
  */
 export function kernelShape(i: Compute, mesh: Mesh, buffers: BufferTable): KernelShape {
   const { flops, bytes } = costOf(i, mesh, buffers);
@@ -101,7 +101,7 @@ export function kernelShape(i: Compute, mesh: Mesh, buffers: BufferTable): Kerne
   const operands = readsInOrder(i);
   // and products with a formula behind them read more than their two operands
   const dtype = attention ? firstOf(i, buffers) : widestOf(product ? operands.slice(0, 2) : operands, buffers);
-  const op = product ? `${i.op}${dtype === "f32" ? " f32" : ""}${(i.accumulates ?? []).length > 0 ? " adds" : ""}` : i.op;
+  const op = product ? productName(i, d, dtype) : i.op;
   const base = { op, flops, bytes, dtype };
   if (product) {
     const rows = flops / (2 * sizeOf(d, "K") * (sizeOf(d, "N") + (d.F ?? 0)));
@@ -127,6 +127,15 @@ export function kernelShape(i: Compute, mesh: Mesh, buffers: BufferTable): Kerne
   }
   const family = optimizers.has(i.op) ? "optimizer" : scattered.has(i.op) ? "rows" : "streaming";
   return { ...base, family, sizes: { bytes: Math.max(1, bytes) } };
+}
+
+/** Elements of the dims of weights that a tensor map needs to be divided by: 16 bytes of bf16. Products of others have kernels that copy by elements. */
+const ALIGNMENT = 8;
+
+/** Returns the op of a product with what else decides which kernel it has. */
+function productName({ op, accumulates = [] }: Compute, d: Readonly<Record<string, number>>, dtype: Dtype): string {
+  const isAligned = ["K", "N", "F", "D"].every((dim) => sizeOf(d, dim) % ALIGNMENT === 0 || d[dim] === undefined);
+  return `${op}${dtype === "f32" ? " f32" : ""}${isAligned ? "" : " unaligned"}${accumulates.length > 0 ? " adds" : ""}`;
 }
 
 /** Returns the type of the first operand; f32 if an instruction reads none. */

@@ -10,7 +10,7 @@ import { elementsOf, rankAt } from "../../../schemas/sharding.ts";
 import { Repeats } from "../../repeats.ts";
 import { type BufferTable, buffersOf } from "../bufferTable.ts";
 import { besideOf } from "./besideLaw.ts";
-import { asFirst, kernelShape } from "./kernelShape.ts";
+import { asFirst, type KernelShape, kernelShape } from "./kernelShape.ts";
 import { KernelTimes, type SourcedTime, type TimeSource } from "./kernelTime.ts";
 import { collectiveSeconds, type RowCopies, transferSeconds } from "./linkTime.ts";
 import { type GroupTopology, topologyOf } from "./topology.ts";
@@ -79,7 +79,7 @@ export interface Assumptions {
   readonly captured?: boolean;
   /** Whether the host waits for no count of rows, so that it prepares launches ahead of the device. */
   readonly runsAhead?: boolean;
-  /** Whether an event stands before and behind each launch, as in `run --profile`. */
+  /** Whether an event stands before and behind each instruction, as in `run --profile`. */
   readonly timed?: boolean;
   /** Communication that runs beside kernels: the share that this hides stands in the profile. */
   readonly hidden?: readonly ("experts" | "data" | "tensor")[];
@@ -130,15 +130,16 @@ export function blockTimer(
       const key = `${own.name} ${own.axes} ${own.stream}`;
       return madeOnce(classes, key, () => own);
     };
+    const powerClock = profile.kernels.power ? kernels.clockOf(shapesOf(program, (i) => kernelShape(i, plan.mesh, buffers))) : 1;
     const kernelTime = (i: Compute) => {
-      const key = `${i.kernel} ${Object.keys(i.reads).length}`;
+      const key = `${i.kernel} ${Object.keys(i.reads).length} ${powerClock}`;
       const before = known.get(key);
       if (before) return before;
       const shape = kernelShape(i, plan.mesh, buffers);
-      const time = kernels.timeOf(shape);
+      const time = kernels.timeOf(shape, powerClock);
       const launches = launchesOf.get(i.kernel) ?? 1;
       const { launch_us, event_us } = profile.kernels;
-      const gaps = 1e-6 * launches * (launch_us + (assumed.timed ? event_us : 0));
+      const gaps = 1e-6 * (launch_us * launches + (assumed.timed ? event_us : 0));
       const seconds = time.seconds * (isOfExperts(i, buffers) ? imbalance : 1) + gaps;
       const timed = { seconds, source: time.source, part: parts[shape.family] };
       known.set(key, timed);
@@ -189,6 +190,25 @@ export function blockTimer(
         return firsts.flatMap((isFirst) => lasts.map((isLast) => block(b, isFirst, isLast)));
       });
   };
+}
+
+/** Returns the kernels of a step of a rank, with how often each runs: in the step block once, else once for each microbatch. */
+function shapesOf(program: Program, shapeOf: (i: Compute) => KernelShape): { readonly shape: KernelShape; readonly times: number }[] {
+  const forwards = program.order.reduce((n, { kind }) => n + Number(kind === "forward"), 0);
+  const microbatches = forwards / program.chunks.length;
+  const found = new Map<string, { shape: KernelShape; times: number }>();
+  for (const { kind, instructions } of blocksOf(program)) {
+    if (kind.startsWith("evaluation")) continue;
+    for (const i of instructions) {
+      if (i.kind !== "compute") continue;
+      const times = kind === "step" || i.only !== undefined ? 1 : microbatches;
+      const key = `${i.kernel} ${Object.keys(i.reads).length}`;
+      const known = found.get(key);
+      if (known) known.times += times;
+      else found.set(key, { shape: shapeOf(asFirst(i)), times });
+    }
+  }
+  return [...found.values()];
 }
 
 /** Returns a function that finds the seconds of collectives of a stage; equal ones once. `bytes`: the largest buffer on a rank. */
