@@ -51,7 +51,10 @@ export function registerInspect(program: Command): void {
       .option("--rank <rank>", "one rank: its coordinates, groups and program", wholeNumber)
       .option("--op <id>", "all about an instruction or a buffer", idText)
       .option("--why <id>", "why an instruction or a buffer exists: job key, decision, bytes, cost, and what removes it", idText)
-      .option("--job <file>", "the job of the plan, so that --why names its line (default: a job.yaml beside it that fits)")
+      .option(
+        "--job <file>",
+        "the job of the plan, so that --why names its line (default: the file beside it, or in the folder that it was compiled from, that fits)",
+      )
       .option("--picture <file>", "draw schedule, memory and traffic as an SVG")
       .addOption(
         new Option("--theme <theme>", "the colours of --picture; auto follows the page that shows it").choices(themes).default("auto"),

@@ -1,11 +1,10 @@
 /** Finds the line of a job file that holds a key of a plan's job, and which rules refuse a changed job. */
-import { dirname, join } from "node:path";
 import type { Job } from "../../schemas/job.ts";
 import type { Plan } from "../../schemas/plan.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import type { Source } from "../frontend/source.ts";
 import type { KeyPlace } from "../report/whyText.ts";
-import { planFile } from "./loadPlan.ts";
+import { jobCandidates, planFile } from "./loadPlan.ts";
 import { asWritten, type JobOptions } from "./options.ts";
 
 /** What a command names: where the job file of a plan is looked for, and how a job is read. */
@@ -23,7 +22,7 @@ export interface JobSource {
   readonly source: Source;
 }
 
-/** Returns where a key is written: in the named job, in the job that was compiled, or in a job.yaml beside the plan or in the folder above that gives the same job. */
+/** Returns where a key is written: in the named job, in the job that was compiled, or in a file beside the plan, in the folder above or in the folder that the plan remembers, if it gives the same job. */
 export async function keyPlace(plan: Plan, path: string, searched: Searched): Promise<KeyPlace> {
   const found = await jobSource(plan, searched);
   return found ? placeIn(found.source, path) : { path };
@@ -32,8 +31,7 @@ export async function keyPlace(plan: Plan, path: string, searched: Searched): Pr
 /** Returns the file of the job of a plan; undefined if no candidate gives the same job. Throws a Trouble if the named one does not. */
 export async function jobSource(plan: Plan, { path: shown, job, options }: Searched): Promise<JobSource | undefined> {
   const file = planFile(shown);
-  const candidates =
-    job !== undefined ? [job] : file === undefined ? [shown] : [join(dirname(file), "job.yaml"), join(dirname(file), "..", "job.yaml")];
+  const candidates = job !== undefined ? [job] : file === undefined ? [shown] : jobCandidates(file);
   for (const candidate of candidates) {
     const found = await sourceOf(candidate, plan, file === undefined ? options : asWritten, job !== undefined);
     if (found) return found;

@@ -1,6 +1,6 @@
 /** Loads jobs and plans for the commands. Compiler modules are imported on use, so that `check` and `explain` start fast. */
 
-import { existsSync, readFileSync, statSync } from "node:fs";
+import { existsSync, readdirSync, readFileSync, statSync } from "node:fs";
 import { basename, dirname, join, relative, resolve } from "node:path";
 import type { Job } from "../../schemas/job.ts";
 import { entryOf } from "../../schemas/lookup.ts";
@@ -190,6 +190,29 @@ export function dataDirOf(path: string): string {
   if (!existsSync(file)) return folder;
   const remembered = join(folder, readFileSync(file, "utf8").trim());
   return isDirectory(remembered) ? remembered : folder;
+}
+
+/** The most files in which the job of a plan is looked for. */
+const MOST_JOBS = 20;
+
+/** Returns the files that may hold the job of a plan: job.yaml beside it or in the folder above, then the YAML files of the folder that it remembers. */
+export function jobCandidates(plan: string): string[] {
+  const remembered = dataDirOf(plan);
+  const inOrder = yamlNames(remembered)
+    .sort((a, b) => Number(b === "job.yaml") - Number(a === "job.yaml") || (a < b ? -1 : 1))
+    .slice(0, MOST_JOBS);
+  const folder = dirname(plan);
+  const all = [join(folder, "job.yaml"), join(folder, "..", "job.yaml"), ...inOrder.map((name) => join(remembered, name))];
+  return [...new Set(all)];
+}
+
+function yamlNames(folder: string): string[] {
+  try {
+    return readdirSync(folder).filter((name) => /\.ya?ml$/.test(name));
+  } catch {
+    // a folder that may not be read has no candidates
+    return [];
+  }
 }
 
 const isDirectory = (path: string): boolean => existsSync(path) && statSync(path).isDirectory();

@@ -22,7 +22,10 @@ export function registerView(program: Command): void {
     )
       .argument("<plan|job>", "a plan (its directory or plan.json), or a job")
       .argument("[other]", "a second plan or job; --set and -f change this one, or the first if there is no second")
-      .option("--job <file>", "the job of the first plan, so that the page shows its lines (default: a job.yaml beside it that fits)")
+      .option(
+        "--job <file>",
+        "the job of the first plan, so that the page shows its lines (default: the file beside it, or in the folder that it was compiled from, that fits)",
+      )
       .option("--device <profile>", "estimate seconds by this device profile, by name or file (default: that of cluster.device)")
       .option("-o, --output <file>", "the page: one HTML file that needs no network", "plan.html"),
     "view plan/",

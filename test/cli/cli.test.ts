@@ -147,6 +147,8 @@ describe.concurrent("the command line", () => {
     const plan = join(folder, "far/away/plan");
     expect((await rankc("compile", job, "-o", plan)).exit).toBe(0);
     expect((await rankc("run", plan, "--steps", "1")).err).toContain("step 1/1");
+    // the folder has other jobs too, and only one is that of the plan
+    expect((await rankc("inspect", plan, "--why", "embed")).out).toMatch(/^key +\S*job\.yaml:4: train: /m);
     expect((await rankc("run", plan, "--steps", "1", "--data-dir", join(folder, "far"))).err).toContain(join(folder, "far"));
     const moved = mkdtempSync(join(tmpdir(), "rankc-moved-"));
     cpSync(plan, join(moved, "a/b/plan"), { recursive: true });
