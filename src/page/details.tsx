@@ -5,6 +5,7 @@ import { bytesText, countText, plural } from "../units.ts";
 import { sourceOf, targetOf } from "./dependencies.ts";
 import { Heading, JobLines, MiniMesh, TimeSlots } from "./detailParts.tsx";
 import { InstructionDetails } from "./instructionDetails.tsx";
+import { PairTurns } from "./pairTable.tsx";
 import { groupText, rankText } from "./panels/mesh.tsx";
 import { runText } from "./panels/schedule.tsx";
 import { axisNames } from "./planModel.ts";
@@ -127,6 +128,7 @@ function RunDetails({ of: { stage: own, run } }: Of<"run">) {
         stage {place.stage}, {shown.runs[place.stage]?.tag(place.run)}
       </button>
     );
+  const partner = runs.partnerOf(run);
   const waited = (runs.start[run] ?? 0) - (run > 0 ? (runs.end[run - 1] ?? 0) : 0);
   return (
     <Heading kind="block run" title={`${runs.tag(run)} on stage ${own}`}>
@@ -137,8 +139,10 @@ function RunDetails({ of: { stage: own, run } }: Of<"run">) {
           ["waits before", waited > 0 ? timeText(waited) : "not at all"],
           source && ["receives from", link(source)],
           target && ["sends to", link(target)],
+          partner === undefined ? undefined : ["alternates with", link({ stage: own, run: partner })],
         ]}
       />
+      {partner !== undefined && <PairTurns of={{ stage: own, runs, first: Math.min(run, partner) }} />}
       <TimeSlots />
       <MiniMesh />
       <p class="buttons">

@@ -63,6 +63,7 @@ function drawRuns(context: CanvasRenderingContext2D, scale: TimeScale, row: Row,
     if (width <= 0) continue;
     context.fillStyle = colourOf(model, runs, i, colouring);
     context.fillRect(from, top, width, height);
+    if (runs.partnerOf(i) !== undefined) drawPair(context, { from, to, top, height }, runs.partnerOf(i) === i + 1);
     const tag = runs.tag(i);
     const whole = scale.x(runs.end[i] ?? 0) - scale.x(runs.start[i] ?? 0);
     const hasStrip = whole >= WITH_INSTRUCTIONS && height >= 18;
@@ -72,6 +73,22 @@ function drawRuns(context: CanvasRenderingContext2D, scale: TimeScale, row: Row,
       context.fillText(tag, from + width / 2, top + (hasStrip ? height * 0.28 : height / 2 + 0.5));
     }
   }
+}
+
+/** The height of the line that joins the two runs of a pair, and how far it is from other pairs, in pixels. */
+const JOINED = 3;
+const GAP = 2;
+
+/** Marks a run of a pair: a line above both joins them. Their instructions alternate, so that both run from the begin of the first to the end of the second. */
+function drawPair(
+  context: CanvasRenderingContext2D,
+  { from, to, top, height }: { readonly from: number; readonly to: number; readonly top: number; readonly height: number },
+  isFirst: boolean,
+): void {
+  if (height < 2 * JOINED) return;
+  context.fillStyle = palette.value.ink;
+  const [begin, end] = isFirst ? [from + GAP, to + 1] : [from, to - GAP];
+  context.fillRect(begin, top, Math.max(0, end - begin), Math.min(JOINED, height / 4));
 }
 
 /** A run of a stage. */

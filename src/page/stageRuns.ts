@@ -15,7 +15,10 @@ export class StageRuns {
   readonly #busy: readonly Float64Array[];
   readonly #places: ReadonlyMap<number, number>;
 
-  constructor({ kind, microbatch, chunk, start, end }: RunTimes) {
+  /** Per run of a pair the other one. */
+  readonly #partners = new Map<number, number>();
+
+  constructor({ kind, microbatch, chunk, start, end, paired = [] }: RunTimes) {
     this.kind = Uint8Array.from(kind);
     this.microbatch = Int32Array.from(microbatch);
     this.chunk = Uint16Array.from(chunk);
@@ -30,6 +33,7 @@ export class StageRuns {
     const places = new Map<number, number>();
     for (let i = 0; i < this.length; i++) places.set(this.#key(this.kind[i] ?? 0, this.microbatch[i] ?? 0, this.chunk[i] ?? 0), i);
     this.#places = places;
+    for (const i of paired) this.#partners.set(i, i + 1).set(i + 1, i);
   }
 
   get length(): number {
@@ -49,6 +53,14 @@ export class StageRuns {
   /** Returns the number of a run; undefined if the stage has none. */
   place(kind: number, microbatch: number, chunk: number): number | undefined {
     return chunk >= this.#chunks || chunk < 0 ? undefined : this.#places.get(this.#key(kind, microbatch, chunk));
+  }
+
+  /** Returns the run whose instructions alternate with those of a run; undefined if it runs alone. */
+  partnerOf(i: number): number | undefined {
+    return this.#partners.get(i);
+  }
+  get hasPairs(): boolean {
+    return this.#partners.size > 0;
   }
 
   /** Returns the number of runs that begin at or before a time. */

@@ -7,6 +7,7 @@ import { packageProfile } from "../../src/analysis/estimate/profiles.ts";
 import { compile } from "../../src/compile.ts";
 import { readJob } from "../../src/frontend/readJobNow.ts";
 import { MemoryCurve } from "../../src/page/memoryCurve.ts";
+import { turnsOf } from "../../src/page/pairTurns.ts";
 import { PlanModel } from "../../src/page/planModel.ts";
 import { addTraffic } from "../../src/page/traffic.ts";
 import { trafficOf } from "../../src/report/overview.ts";
@@ -60,6 +61,28 @@ test("block runs have the times of the schedule, and each waits for the run that
     for (const [i, run] of plan.programs[stage]!.order.entries()) {
       expect(runs.place(["forward", "backward", "weights"].indexOf(run.kind), run.microbatch, run.chunk)).toBe(i);
       expect(runs.at((runs.start[i]! + runs.end[i]!) / 2)).toBe(i);
+    }
+  }
+});
+
+test("pairs are marked, and their turns are the instructions of both runs", () => {
+  const profile = packageProfile("h100-80gb");
+  const mixtral = join(root, "plans/tiny-mixtral/job.yaml");
+  const sets = ["parallel.expert_overlap=interleave", "train.global_batch=64"];
+  const { plan } = compile(readJob(readFileSync(mixtral, "utf8"), mixtral, sets).job!);
+  for (const timed of [undefined, profile]) {
+    const [view] = viewData([{ plan, job: { text: "", places: {} }, warnings: [], ...(timed && { profile: timed }) }]).plans;
+    const shown = new PlanModel(view!, 0);
+    for (const { stage, order, chunks } of plan.programs) {
+      const runs = shown.runs[stage]!;
+      const paired = order.flatMap((run, i) => (run.kind === "forward" && run.paired ? [i] : []));
+      expect(paired.length).toBeGreaterThan(0);
+      expect(order.flatMap((_, i) => (runs.partnerOf(i) === i + 1 ? [i] : []))).toEqual(paired);
+      const turns = turnsOf(shown, stage, runs, paired[0]!);
+      const idsOf = (run: number) =>
+        turns.filter((turn) => turn.run === run).flatMap(({ instructions }) => instructions.map(({ id }) => id));
+      expect(idsOf(paired[0]!)).toEqual(chunks[0]!.forward.map(({ id }) => id));
+      expect(idsOf(paired[0]! + 1)).toEqual(chunks[0]!.backward.map(({ id }) => id));
     }
   }
 });

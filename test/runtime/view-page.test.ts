@@ -17,9 +17,13 @@ import { full } from "../support/tiers.ts";
 
 const folder = mkdtempSync(join(tmpdir(), "rankc-view-"));
 afterAll(() => rmSync(folder, { recursive: true, force: true }));
-const path = join(root, "plans/tiny-interleaved/job.yaml");
+const jobPath = join(root, "plans/tiny-interleaved/job.yaml");
 
-async function planAt(set: readonly string[], target?: string): Promise<{ shown: PlanToView; sources: Record<string, string> }> {
+async function planAt(
+  set: readonly string[],
+  target?: string,
+  path = jobPath,
+): Promise<{ shown: PlanToView; sources: Record<string, string> }> {
   const options = { set, overlay: [] };
   const { plan, sources } = await compileAt(path, options, target);
   const job = await jobView(plan, decidingKeys(plan), { path, options });
@@ -44,10 +48,11 @@ const lowContrast = (page: Page): Promise<string[]> =>
     });
   })()`);
 
-/** Addresses of a page about one plan, of one about two, and of one about a plan with streams. */
+/** Addresses of a page about one plan, of one about two, of one about a plan with streams, and of one about a plan with pairs. */
 let one: string;
 let two: string;
 let streams: string;
+let pairs: string;
 beforeAll(async () => {
   const built = join(folder, "built");
   await build({ configFile: join(root, "src/page/vite.config.ts"), build: { outDir: built }, logLevel: "error" });
@@ -70,6 +75,8 @@ beforeAll(async () => {
   two = written("two.html", [first, second]);
   const beside = ["parallel.world=8", "parallel.distributed_optimizer=true", "parallel.gradient_bucket=1", "parallel.parameter_bucket=1"];
   streams = written("streams.html", [await planAt(beside)]);
+  const interleaved = ["parallel.expert_overlap=interleave", "train.global_batch=32"];
+  pairs = written("pairs.html", [await planAt(interleaved, undefined, join(root, "plans/tiny-mixtral/job.yaml"))]);
 });
 
 test("a page that is not built is named", () => {
@@ -197,6 +204,16 @@ describe.skipIf(noBrowser)(`in Chromium${noBrowser ? `: skipped, ${noBrowser}` :
     }
     expect([...found]).toContain("gradients");
     await soon(details).toMatch(/collective[\s\S]*stream\ngradients/);
+  });
+
+  test("pairs: the legend names their mark, and a run lists the turns of its pair", async () => {
+    await opened(`${pairs}#schedule`);
+    await soon(() => textOf(".legend")).toContain("line above: a pair, whose instructions alternate");
+    await page.focus(".schedule-panel canvas");
+    for (let i = 0; i < 4; i++) await page.keyboard.press("ArrowRight");
+    await soon(details).toMatch(/alternates with\nstage 0, B0/);
+    await soon(details).toMatch(/Turns of the pair[\s\S]*dispatch\s+\d+ instructions? from layers\.0/);
+    expect(await textOf(".status")).toMatch(/F\d: forward of microbatch \d, alternates with B0,/);
   });
 
   test("mesh: a rank is chosen by pointer or keyboard, and its groups are named", async () => {

@@ -228,8 +228,10 @@ export function runText(model: PlanModel, stage: number, run: number): string {
   if (!runs) return "";
   const chunk = model.chunks > 1 ? `, chunk ${runs.chunk[run]}` : "";
   const target = targetOf(model, { stage, run });
+  const partner = runs.partnerOf(run);
+  const pair = partner === undefined ? "" : `, alternates with ${runs.tag(partner)}`;
   const to = target ? `; its result goes to stage ${target.stage}` : "";
-  return `stage ${stage}, ${runs.tag(run)}: ${runs.kindOf(run)} of microbatch ${runs.microbatch[run]}${chunk}, ${timeText(runs.start[run] ?? 0)} to ${timeText(runs.end[run] ?? 0)}${sourceText(model, { stage, run })}${to}`;
+  return `stage ${stage}, ${runs.tag(run)}: ${runs.kindOf(run)} of microbatch ${runs.microbatch[run]}${chunk}${pair}, ${timeText(runs.start[run] ?? 0)} to ${timeText(runs.end[run] ?? 0)}${sourceText(model, { stage, run })}${to}`;
 }
 
 function keysOf({ shiftKey }: KeyboardEvent): Readonly<Record<string, () => void>> {
@@ -271,7 +273,15 @@ function ScheduleLegend({ colouring }: { readonly colouring: Colouring }) {
   const lanes = streamsOf(plan.value);
   return (
     <>
-      <Legend entries={[...(colouring === "kind" ? used : []), ["wait", colours.idle]]} />
+      <Legend
+        entries={[
+          ...(colouring === "kind" ? used : []),
+          ...(plan.value.runs.some(({ hasPairs }) => hasPairs)
+            ? [["line above: a pair, whose instructions alternate", colours.ink] as const]
+            : []),
+          ["wait", colours.idle],
+        ]}
+      />
       {lanes.length > 1 && (
         <span class="quiet lanes-of-runs">
           A wide run shows, from above: {lanes.map((lane) => (lane ? `stream ${lane}` : "in order")).join(", ")}

@@ -20,9 +20,7 @@ function unitsOf(plan: Plan): TimelineView {
     unit: "units",
     end: durationOf(pieces),
     bubble: bubbleOf(pieces),
-    stages: pieces.map((stage) =>
-      runTimes(stage.map(({ run: { kind, microbatch, chunk }, start, end }) => ({ kind, microbatch, chunk, start, end }))),
-    ),
+    stages: pieces.map((stage) => runTimes(stage.map(({ run, start, end }) => ({ ...run, start, end })))),
     slots: [],
   };
 }
@@ -66,15 +64,20 @@ interface TimedRun {
   readonly chunk: number;
   readonly start: number;
   readonly end: number;
+  readonly paired?: true | undefined;
 }
 
 /** A tenth of a microsecond is exact enough for a drawing. */
 const round = (time: number): number => Math.round(time * 1e7) / 1e7;
 
-const runTimes = (runs: readonly TimedRun[]): RunTimes => ({
-  kind: runs.map(({ kind }) => runKinds.indexOf(kind)),
-  microbatch: runs.map(({ microbatch }) => microbatch),
-  chunk: runs.map(({ chunk }) => chunk),
-  start: runs.map(({ start }) => round(start)),
-  end: runs.map(({ end }) => round(end)),
-});
+function runTimes(runs: readonly TimedRun[]): RunTimes {
+  const paired = runs.flatMap((run, i) => (run.paired ? [i] : []));
+  return {
+    kind: runs.map(({ kind }) => runKinds.indexOf(kind)),
+    microbatch: runs.map(({ microbatch }) => microbatch),
+    chunk: runs.map(({ chunk }) => chunk),
+    start: runs.map(({ start }) => round(start)),
+    end: runs.map(({ end }) => round(end)),
+    ...(paired.length > 0 && { paired }),
+  };
+}

@@ -2,7 +2,7 @@
  * The data of the page that `rankc view` writes. The compiler writes it (readPlanView.ts) and the page reads it (src/page/): this module is
  * the only one that both know. It has roles and not ranks, and equal layers once, so its size does not grow with the number of ranks.
  */
-import type { BlockRun, BufferKind, CollectiveKind, Instruction, StreamName } from "../../../schemas/plan.ts";
+import type { BlockRun, BufferKind, CollectiveKind, Instruction, Pair, StreamName } from "../../../schemas/plan.ts";
 import type { MeshData } from "../../../schemas/sharding.ts";
 import type { PlanDiff } from "../diff.ts";
 import type { Inspection } from "../inspect.ts";
@@ -78,6 +78,8 @@ export interface RunTimes {
   readonly chunk: readonly number[];
   readonly start: readonly number[];
   readonly end: readonly number[];
+  /** The numbers of the forwards that alternate with the run behind them. */
+  readonly paired?: readonly number[];
 }
 /** The kinds of block runs by number; the step block has times in seconds only. */
 export const runKinds = ["forward", "backward", "weights", "step"] as const satisfies readonly (BlockRun["kind"] | "step")[];
@@ -156,6 +158,8 @@ export interface BlockView {
 /** What differs between stages. */
 export interface StageView {
   readonly blocks: readonly BlockView[];
+  /** How the forwards and backwards of pairs alternate. */
+  readonly pairs?: readonly Pair[];
   /** The largest tensors that live for the whole run. */
   readonly state: readonly HeldTensor[];
 }

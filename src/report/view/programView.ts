@@ -41,7 +41,7 @@ export function programsView(plan: Plan): ProgramsView {
       );
       return { kind: block.kind, chunk: block.chunk, form: shared.formOf({ parts, lives: alive }), base };
     });
-    return { blocks, state: stateOf(program) };
+    return { blocks, ...(program.pairs && { pairs: program.pairs }), state: stateOf(program) };
   });
   return { parts: shared.parts, forms: shared.forms, stages };
 }
