@@ -44,8 +44,15 @@ interface CudaAttentionGradCu {
   readonly tiles: string | number;
 }
 
+interface CudaAttentionGradHopperCuh {
+  readonly documents: boolean;
+  readonly drops: boolean;
+  readonly half: string | number;
+}
+
 interface CudaAttentionGradWgmmaCu {
   readonly buffers: string | number;
+  readonly common: string | number;
   readonly documents: boolean;
   readonly drops: boolean;
   readonly half: string | number;
@@ -68,6 +75,28 @@ interface CudaAttentionGradWgmmaCu {
   readonly tiles: string | number;
   readonly weighDy: string | number;
   readonly weighQueries: string | number;
+}
+
+interface CudaAttentionGradWideCu {
+  readonly common: string | number;
+  readonly documents: boolean;
+  readonly drops: boolean;
+  readonly half: string | number;
+  readonly hopper: string | number;
+  readonly keyStart: string | number;
+  readonly maskArgs: string | number;
+  readonly name: string | number;
+  readonly order: string | number;
+  readonly params: string | number;
+  readonly part: boolean;
+  readonly queries: string | number;
+  readonly queryParams: string | number;
+  readonly scores: string | number;
+  readonly split: boolean;
+  readonly starts: string | number;
+  readonly suffix: string | number;
+  readonly tiles: string | number;
+  readonly weigh: string | number;
 }
 
 interface CudaAttentionMaskCuh {
@@ -1424,7 +1453,9 @@ export interface Templates {
   readonly "cuda/arrange.cu": CudaArrangeCu;
   readonly "cuda/attention.cu": CudaAttentionCu;
   readonly "cuda/attention_grad.cu": CudaAttentionGradCu;
+  readonly "cuda/attention_grad_hopper.cuh": CudaAttentionGradHopperCuh;
   readonly "cuda/attention_grad_wgmma.cu": CudaAttentionGradWgmmaCu;
+  readonly "cuda/attention_grad_wide.cu": CudaAttentionGradWideCu;
   readonly "cuda/attention_mask.cuh": CudaAttentionMaskCuh;
   readonly "cuda/attention_order.cuh": CudaAttentionOrderCuh;
   readonly "cuda/attention_plain.cu": CudaAttentionPlainCu;

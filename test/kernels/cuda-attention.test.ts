@@ -89,8 +89,12 @@ const shapes: readonly Shape[] = [
   // query heads of a key head: not to be split, and split in four
   { B: 1, S: 70, U: 70, G: 1, M: 3, C: 64, start: 0, arch: "sm_90a", type: "bf16" },
   { B: 2, S: 200, U: 200, G: 1, M: 8, C: 64, start: 0, arch: "sm_90a", type: "bf16" },
-  // heads up to 256 wide: Hopper's own products forward, those of any tensor core backward
+  // heads of 256: a piece of the keys, zigzag order, f16, query heads of a key head split in two and not; documents are below
   { B: 1, S: 130, U: 170, G: 1, M: 2, C: 256, start: 40, arch: "sm_90a", type: "bf16" },
+  { B: 2, S: 129, U: 129, G: 2, M: 3, C: 256, start: 0, arch: "sm_90a", type: "bf16" },
+  { B: 1, S: 200, U: 100, G: 1, M: 1, C: 256, start: 40, keyStart: 90, arch: "sm_90a", type: "f16" },
+  { B: 1, S: 128, U: 256, G: 1, M: 2, C: 256, start: 128, zigzag: [64, 2], arch: "sm_90a", type: "bf16" },
+  // values of another width: Hopper's own products forward, those of any tensor core backward
   { B: 1, S: 70, U: 100, G: 1, M: 1, C: 256, W: 192, start: 10, keyStart: 20, arch: "sm_90a", type: "f16" },
   { B: 1, S: 64, U: 256, G: 2, M: 1, C: 256, W: 144, start: 64, zigzag: [64, 2], arch: "sm_90a", type: "bf16" },
   { B: 1, S: 66, U: 66, G: 1, M: 1, C: 256, W: 64, start: 0, arch: "sm_90a", type: "bf16" },

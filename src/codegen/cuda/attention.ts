@@ -13,7 +13,7 @@ import * as dropoutOps from "../../ops/attentionDropout.ts";
 import { type AttentionGradSpec, type AttentionSizes, type AttentionSpec, attentionSizes, isReordered } from "../attentionSizes.ts";
 import { cudaKernel, type GeneratedKernel, type KernelSpec } from "../kernelSpec.ts";
 import { type GeneratedLaunch, type KernelArg, scratch, scratchStart } from "../launchArgs.ts";
-import { forwardHopper, gradHopper, isGradOfHopper, rowsOfGrad } from "./attentionHopper.ts";
+import { forwardHopper, gradHopper, gradTilingOfHopper } from "./attentionHopper.ts";
 import { orderOf } from "./attentionOrder.ts";
 import { causalMaskText, randomText, scales, startTexts } from "./attentionText.ts";
 import { source } from "./text.ts";
@@ -103,20 +103,20 @@ function forwardTiles(spec: KernelSpec, d: AttentionSizes, half: Float16, arch: 
  */
 function gradTiles(spec: KernelSpec, d: AttentionSizes, half: Float16, arch: Arch): GeneratedKernel | undefined {
   const { B, S, U, G, M, C, W, part } = d;
-  const hopper = arch === "sm_90a" && isGradOfHopper(d);
-  const [threads, rows, H] = [256, hopper ? rowsOfGrad(d) : 64, G * M];
+  const hopper = arch === "sm_90a" ? gradTilingOfHopper(d) : undefined;
+  const [threads, rows, H] = [256, hopper?.rows ?? 64, G * M];
   const padded = (keys: number, stages: 1 | 2) => 2 * (keys + stages * rows) * (C + W + 16) + 4 * rows * (keys + 8) + 16 * rows + 16;
   const hasRoom = (keys: number, stages: 1 | 2) => padded(keys, stages) <= cudaArchs[arch].sharedPerBlock * 1024;
   // registers hold the gradients of 128 keys and values if both are at most 128 wide (96 with dropout)
   const fits = (keys: number) => hasRoom(keys, 2) && (keys === 64 || C + W <= (d.drops ? 192 : 256));
-  const blocks = hopper ? [128] : [128, 64].filter(fits);
+  const blocks = hopper ? [hopper.keys] : ([128, 64] as const).filter(fits);
   // with 100 KiB of shared memory, 64 keys of heads of 128 leave room for one tile of queries
   const isTight = blocks.length === 0 && C + W <= 256 && hasRoom(64, 1);
   const stages = isTight ? 1 : 2;
   const keys = keysOf(d, isTight ? [64] : blocks);
   if (!keys) return undefined;
   const [queryBlocks, keyBlocks] = [ceil(S, rows), ceil(U, keys)];
-  const { wave, alternating, split } = orderOf(d, { rows, keys, multiprocessors: cudaArchs[arch].multiprocessors, splits: hopper });
+  const { wave, alternating, split } = orderOf(d, { rows, keys, multiprocessors: cudaArchs[arch].multiprocessors, splits: hopper !== undefined });
   const lanes = 2 ** Math.ceil(Math.log2(W / 8));
   const name = spec.name;
   const { args, ...texts } = startTexts(d);
@@ -127,10 +127,10 @@ function gradTiles(spec: KernelSpec, d: AttentionSizes, half: Float16, arch: Arc
   });
   const common = { name, tiles, order: orderText, part, ...texts, ...float16Types[half], queryParams: part ? `, ${texts.params}` : "" };
   const main = hopper
-    ? gradHopper(d, half, (more) => render("cuda/attention_grad_wgmma.cu", { ...common, ...more, split: split > 1 }))
-    : { body: render("cuda/attention_grad.cu", { ...common, stages }), threads, shared: padded(keys, stages), args: ["q", "k", "v", "dy"] };
+    ? gradHopper(d, half, hopper, { ...common, split: split > 1 })
+    : { body: render("cuda/attention_grad.cu", { ...common, stages }), threads, shared: padded(keys, stages), args: ["q", "k", "v", "dy"], dtypes: {} };
   const grid = { rows, keys, lanes, queryTiles: B * H * queryBlocks, keyBlocks, wave, split };
-  return { source: source(spec, main.body), ...gradLaunches(name, d, grid, main, args) };
+  return { source: source({ name, dtype: { ...spec.dtype, ...main.dtypes } }, main.body), ...gradLaunches(name, d, grid, main, args) };
 }
 
 /** The tiles of a gradient on tensor cores, and how its thread blocks share them. */

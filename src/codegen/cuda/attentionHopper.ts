@@ -3,7 +3,7 @@
  * copy boxes of 64 columns.
  */
 import { cudaArchs } from "../../../schemas/devices.ts";
-import { type Float16, float16Types } from "../../../schemas/dtypes.ts";
+import { type Dtype, type Float16, float16Types } from "../../../schemas/dtypes.ts";
 import type { TensorMap } from "../../../schemas/plan.ts";
 import { render } from "../../../templates/bindings.ts";
 import { type AttentionSizes, isReordered } from "../attentionSizes.ts";
@@ -71,36 +71,52 @@ export function forwardHopper(spec: KernelSpec, d: AttentionSizes, half: Float16
   return { source: source(spec, body), launches: [launch] };
 }
 
-/**
- * Returns whether the Hopper kernel computes the gradient of these sizes. Registers hold the gradients of 64 keys, up to 192 wide, and of their
- * values, up to 128 wide (with dropout 256 in total).
- */
-export const isGradOfHopper = (d: AttentionSizes): boolean =>
-  [64, 128, 192].includes(d.C) &&
-  (d.W === 64 || d.W === 128) &&
-  (!d.drops || d.C + d.W <= 256) &&
-  (!isReordered(d, d.U) || d.chunk % 128 === 0);
-
-/** Returns the rows of queries per step. For heads of 64, 128 rows make the tile of gradients of a warpgroup 64 × 64. */
-export const rowsOfGrad = ({ C }: AttentionSizes): number => (C === 64 ? 128 : 64);
+/** Rows of queries and keys of a step of the gradient. */
+interface GradTiling {
+  readonly rows: number;
+  readonly keys: number;
+}
 
 /**
- * Returns the main launch of the gradient. Per thread, gradients of keys and values take (C + W) / 2 registers; with C = 192 and W = 128 the rest holds
- * the scores of 32 queries at a time, and the gradients of queries in two passes of 64 and 32 columns.
+ * Returns the tiling of the gradient on Hopper, or nothing if no kernel of Hopper's own computes it. Registers hold the gradients of 128 keys, up to 192
+ * wide, and of their values, up to 128 wide (with dropout 256 in total), or of 64 keys and values that are 256 wide. For heads of 64, 128 rows make the
+ * tile of gradients of a warpgroup 64 × 64.
  */
-export function gradHopper(
-  d: AttentionSizes,
-  half: Float16,
-  fillIn: (
-    parts: Record<"hopper" | "scores" | "queries" | "rest" | "weighQueries" | "weighDy", string> & {
-      sub: number;
-      buffers: number;
-      tileBuffers: number;
-    },
-  ) => string,
-) {
+export function gradTilingOfHopper(d: AttentionSizes): GradTiling | undefined {
   const { C, W } = d;
-  const [rows, keys] = [rowsOfGrad(d), 128];
+  const keys = isWide(d) ? 64 : 128;
+  if (isReordered(d, d.U) && d.chunk % keys !== 0) return undefined;
+  if (isWide(d)) return { rows: 64, keys };
+  const fits = [64, 128, 192].includes(C) && (W === 64 || W === 128) && (!d.drops || C + W <= 256);
+  return fits ? { rows: C === 64 ? 128 : 64, keys } : undefined;
+}
+const isWide = ({ C, W }: AttentionSizes): boolean => C === 256 && W === 256;
+
+/** The text of a kernel of the gradient that all kernels of attention on tensor cores share. */
+type GradText = Pick<
+  Parameters<typeof render<"cuda/attention_grad_wgmma.cu">>[1],
+  "name" | "tiles" | "order" | "params" | "keyStart" | "maskArgs" | "starts" | "queryParams" | "half" | "suffix" | "part" | "documents" | "drops" | "split"
+>;
+
+/** Returns the main launch of the gradient, and the source of all of its launches. */
+export function gradHopper(d: AttentionSizes, half: Float16, tiling: GradTiling, text: GradText) {
+  const { rows, keys } = tiling;
+  const { documents, drops } = text;
+  const more = { hopper: render("cuda/hopper.cuh", {}), common: render("cuda/attention_grad_hopper.cuh", { half: text.half, documents, drops }) };
+  const { body, shared } = (isWide(d) ? gradWide : gradNarrow)(d, half, tiling, { ...text, ...more });
+  const args = [boxesOf("q", d, half, rows), boxesOf("k", d, half, keys), boxesOf("v", d, half, keys), boxesOf("dy", d, half, rows)];
+  // warpgroups of the wide kernel pass weights on as f16
+  const dtypes: Readonly<Record<string, Dtype>> = isWide(d) ? { weights: "f16" } : {};
+  return { body, threads: 384, shared, args, dtypes };
+}
+type WholeGradText = GradText & Readonly<Record<"hopper" | "common", string>>;
+
+/**
+ * Returns the source and the shared memory in bytes. Per thread, gradients of keys and values take (C + W) / 2 registers; with C = 192 and W = 128 the
+ * rest holds the scores of 32 queries at a time, and the gradients of queries in two passes of 64 and 32 columns.
+ */
+function gradNarrow(d: AttentionSizes, half: Float16, { rows, keys }: GradTiling, text: WholeGradText) {
+  const { C, W } = d;
   const sub = C + W > 256 ? 32 : 64;
   const boxes = (C + W) / 64;
   const columns = (rows * C) / 128 - 64;
@@ -118,12 +134,18 @@ export function gradHopper(
     weighQueries: weigh(C, half),
     weighDy: weigh(W, half),
   };
-  return {
-    body: fillIn({ hopper: render("cuda/hopper.cuh", {}), ...products, sub, buffers, tileBuffers }),
-    threads: 384,
-    shared: others + buffers * grads + tileBuffers * tile,
-    args: [boxesOf("q", d, half, rows), boxesOf("k", d, half, keys), boxesOf("v", d, half, keys), boxesOf("dy", d, half, rows)],
-  };
+  const body = render("cuda/attention_grad_wgmma.cu", { ...text, ...products, sub, buffers, tileBuffers });
+  return { body, shared: others + buffers * grads + tileBuffers * tile };
+}
+
+/** Returns the same for heads of 256: 128 registers per thread hold the gradients of keys, or of values. */
+function gradWide(d: AttentionSizes, half: Float16, { rows, keys }: GradTiling, text: WholeGradText) {
+  const products = { scores: product(64, 0, half), queries: product(64, 1, half), weigh: weigh(d.C, half) };
+  // keys, values, two stages of queries, one of dy; gradients of scores, weights; three quarters of the gradients of queries
+  const tiles = 2 * d.C * (2 * keys + 3 * rows) + 4 * rows * keys + 3 * rows * d.C;
+  // two statistics per query row and stage; 19 barriers, ticket
+  const others = 16 * rows + 160 + (d.documents ? 4 * keys : 0);
+  return { body: render("cuda/attention_grad_wide.cu", { ...text, ...products }), shared: tiles + others };
 }
 
 /** Returns the tensor map of an operand with boxes of 64 columns and `high` rows of one sequence. */
