@@ -67,6 +67,7 @@ interface CudaAttentionGradWgmmaCu {
   readonly queryParams: string | number;
   readonly rest: string | number;
   readonly scores: string | number;
+  readonly sharesMore: boolean;
   readonly split: boolean;
   readonly starts: string | number;
   readonly sub: string | number;
@@ -210,6 +211,7 @@ interface CudaAttentionWgmmaCu {
   readonly name: string | number;
   readonly names: string | number;
   readonly params: string | number;
+  readonly queryStages: string | number;
   readonly random: string | number;
   readonly scale: string | number;
   readonly scale2: string | number;

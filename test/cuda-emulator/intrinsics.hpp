@@ -23,6 +23,15 @@ inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
 template <class T> inline T min(T a, T b) { return b < a ? b : a; }
 template <class T> inline T max(T a, T b) { return a < b ? b : a; }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
+/** Byte i of the result is the byte of y:x that the i-th hexadecimal digit of `which` names. */
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned which) {
+  unsigned result = 0;
+  for (int i = 0; i < 4; i++) {
+    const unsigned from = which >> 4 * i & 7;
+    result |= ((from < 4 ? x : y) >> from % 4 * 8 & 255) << 8 * i;
+  }
+  return result;
+}
 inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __clz(int x) { return x ? __builtin_clz(unsigned(x)) : 32; }

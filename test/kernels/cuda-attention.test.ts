@@ -13,6 +13,7 @@ import { ops } from "../../src/ops/index.ts";
 import { dimSize } from "../../src/ops/signature.ts";
 import { type Buffers, type ContractCase, rounded } from "../support/contract.ts";
 import { hold } from "../support/contractCheck.ts";
+import { cudaDevice, firstGpu } from "../support/cudaDevice.ts";
 import { cudaEmulator, type Emulator, emulatorMissing } from "../support/cudaEmulator.ts";
 import { documentsOf, random } from "../support/opCases.ts";
 import { byTier, full, once } from "../support/tiers.ts";
@@ -122,6 +123,10 @@ const shapes: readonly Shape[] = [
   { B: 1, S: 256, U: 512, G: 1, M: 1, C: 128, start: 256, zigzag: [128, 2], arch: "sm_90a", type: "bf16", drop: 0.2 },
   { B: 1, S: 300, U: 300, G: 1, M: 1, C: 64, start: 300, keyStart: 300, zigzag: [150, 3], arch: "sm_80", type: "bf16", drop: 0.2 },
   { B: 1, S: 40, U: 80, G: 2, M: 2, C: 24, W: 16, start: 120, keyStart: 0, zigzag: [20, 4], arch: "sm_80", type: "f32", drop: 0.2 },
+  // Hopper's own products: heads of 64 and 256, query heads that are split, fours of keys that lie apart
+  { B: 1, S: 200, U: 200, G: 1, M: 2, C: 64, start: 0, arch: "sm_90a", type: "bf16", drop: 0.1 },
+  { B: 1, S: 130, U: 141, G: 1, M: 1, C: 256, start: 10, arch: "sm_90a", type: "bf16", drop: 0.2 },
+  { B: 1, S: 130, U: 90, G: 1, M: 2, C: 128, start: 100, keyStart: 50, arch: "sm_90a", type: "f16", drop: 0.2 },
   // documents: short ones, of which a tile has many, and long ones, of which tiles see some blocks; on every kind of kernel
   { B: 2, S: 260, U: 260, G: 1, M: 2, C: 128, start: 0, arch: "sm_90a", type: "bf16", documents: 100 },
   { B: 1, S: 520, U: 520, G: 1, M: 1, C: 64, start: 0, arch: "sm_90a", type: "bf16", documents: 300 },
@@ -232,6 +237,20 @@ describe.skipIf(missing)(`emulated${missing ? ` (skipped: ${missing})` : ""}`, (
       for (const e of executors) await hold(e, { ...forward!.made, launches }, forward!);
     });
   }
+});
+
+const gpu = firstGpu();
+const none = typeof gpu === "string";
+describe.skipIf(none)(`on this machine's GPU${none ? ` (skipped: ${gpu})` : ""}`, () => {
+  // a test's name can be chosen by -t
+  for (const [i, shape] of shapes.entries())
+    if (shape.arch === "sm_90a")
+      test(titleOf(shape), full, async () => {
+        if (none) return;
+        const cases = casesOf(shape, i + 1).map((c) => ({ ...c, made: generators[c.use.op as keyof typeof generators](c.use, gpu.arch) }));
+        const device = cudaDevice(gpu, cases);
+        for (const c of cases) await hold(device, c.made, c);
+      });
 });
 
 describe.skipIf(missing)("heads in shares", () => {

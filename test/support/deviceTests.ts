@@ -10,7 +10,7 @@ import { root } from "./checkout.ts";
 
 const kinds = {
   cuda: {
-    files: ["cuda-contract", "cuda-device", "cuda-reference", "doctor"],
+    files: ["cuda-contract", "cuda-attention", "cuda-device", "cuda-reference", "doctor"],
     only: "(on a device|on this machine's GPU|a GPU |an all-reduce)",
     env: {},
   },

@@ -116,7 +116,12 @@ function gradTiles(spec: KernelSpec, d: AttentionSizes, half: Float16, arch: Arc
   const keys = keysOf(d, isTight ? [64] : blocks);
   if (!keys) return undefined;
   const [queryBlocks, keyBlocks] = [ceil(S, rows), ceil(U, keys)];
-  const { wave, alternating, split } = orderOf(d, { rows, keys, multiprocessors: cudaArchs[arch].multiprocessors, splits: hopper !== undefined });
+  const { wave, alternating, split } = orderOf(d, {
+    rows,
+    keys,
+    multiprocessors: cudaArchs[arch].multiprocessors,
+    splits: hopper !== undefined,
+  });
   const lanes = 2 ** Math.ceil(Math.log2(W / 8));
   const name = spec.name;
   const { args, ...texts } = startTexts(d);
@@ -128,7 +133,13 @@ function gradTiles(spec: KernelSpec, d: AttentionSizes, half: Float16, arch: Arc
   const common = { name, tiles, order: orderText, part, ...texts, ...float16Types[half], queryParams: part ? `, ${texts.params}` : "" };
   const main = hopper
     ? gradHopper(d, half, hopper, { ...common, split: split > 1 })
-    : { body: render("cuda/attention_grad.cu", { ...common, stages }), threads, shared: padded(keys, stages), args: ["q", "k", "v", "dy"], dtypes: {} };
+    : {
+        body: render("cuda/attention_grad.cu", { ...common, stages }),
+        threads,
+        shared: padded(keys, stages),
+        args: ["q", "k", "v", "dy"],
+        dtypes: {},
+      };
   const grid = { rows, keys, lanes, queryTiles: B * H * queryBlocks, keyBlocks, wave, split };
   return { source: source({ name, dtype: { ...spec.dtype, ...main.dtypes } }, main.body), ...gradLaunches(name, d, grid, main, args) };
 }

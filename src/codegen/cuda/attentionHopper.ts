@@ -24,21 +24,15 @@ const SHARED = cudaArchs.sm_90a.sharedPerBlock * 1024;
  * keys). More rows reuse each block of keys more often. In zigzag order the blocks of keys must divide the zigzag blocks.
  */
 export function forwardHopper(spec: KernelSpec, d: AttentionSizes, half: Float16): GeneratedKernel | undefined {
-  const { B, S, U, G, M, C, W, chunk } = d;
+  const { B, S, G, M, C, W } = d;
   const boxes = Math.ceil(C / 64);
   const valueBoxes = Math.ceil(W / 64);
   // a box must not be wider than a row of an operand; outputs are staged in the memory of queries
-  // three warpgroups that draw random words are slower than warps with more registers (measured, heads of 64)
-  if (G * Math.min(C, W) < 64 || valueBoxes > boxes || (d.drops && W <= 64)) return undefined;
-  const groupsOf = (keys: number) => (W < 64 || (W === 64 && keys < 128) ? 3 : 2);
-  const sharedOf = (keys: number) => 128 * (64 * boxes * groupsOf(keys) + 2 * (boxes + valueBoxes) * keys) + 80;
-  const keys = (isReordered(d, U) ? [128, 64].filter((n) => chunk % n === 0) : [W === 64 ? 112 : 128, 80]).find(
-    (n) => sharedOf(n) <= SHARED && (W <= 128 || n <= 80),
-  );
-  if (!keys) return undefined;
-  const groups = groupsOf(keys);
+  if (G * Math.min(C, W) < 64 || valueBoxes > boxes) return undefined;
+  const tiling = forwardTiling(d, boxes, valueBoxes);
+  if (!tiling) return undefined;
+  const { keys, groups, queryStages, shared } = tiling;
   const rows = 64 * groups;
-  const { give, take } = groups === 3 ? { give: 32, take: 160 } : { give: 24, take: 240 };
   const { args, ...texts } = startTexts(d);
   const body = render("cuda/attention_wgmma.cu", {
     ...{
@@ -49,8 +43,8 @@ export function forwardHopper(spec: KernelSpec, d: AttentionSizes, half: Float16
       ...float16Types[half],
       groups,
       keys,
-      give,
-      take,
+      queryStages,
+      ...(groups === 3 ? { give: 32, take: 160 } : { give: 24, take: 240 }),
       share: shareOf(d, { rows, keys, multiprocessors: MULTIPROCESSORS }),
     },
     hopper: render("cuda/hopper.cuh", {}),
@@ -65,10 +59,33 @@ export function forwardHopper(spec: KernelSpec, d: AttentionSizes, half: Float16
     entry: spec.name,
     grid: [spec.sharesDevice ? dividedGrid(blocks, tiles, MULTIPROCESSORS) : blocks, 1, 1] as [number, number, number],
     threads: 128 + 128 * groups,
-    shared: sharedOf(keys),
+    shared,
     args: [boxesOf("q", d, half, rows), boxesOf("k", d, half, keys), boxesOf("v", d, half, keys), "o", "lse", ...args],
   };
   return { source: source(spec, body), launches: [launch] };
+}
+
+/** Keys of a step; warpgroups of queries of a thread block, 64 rows each; stages of queries; bytes of shared memory. */
+interface ForwardTiling {
+  readonly keys: number;
+  readonly groups: 2 | 3;
+  readonly queryStages: 1 | 2;
+  readonly shared: number;
+}
+
+/** Returns the tiling of the forward kernel, or nothing if its tiles do not fit in shared memory. */
+function forwardTiling(d: AttentionSizes, boxes: number, valueBoxes: number): ForwardTiling | undefined {
+  const { U, W, chunk, drops } = d;
+  // random words of dropout need more than 160 registers per thread
+  const groupsOf = (keys: number) => (!drops && (W < 64 || (W === 64 && keys < 128)) ? 3 : 2);
+  const sharedOf = (keys: number, stages: number) =>
+    128 * (64 * boxes * groupsOf(keys) * stages + 2 * (boxes + valueBoxes) * keys) + 64 + 16 * stages + (drops ? 4 : 0);
+  const keys = (isReordered(d, U) ? [128, 64].filter((n) => chunk % n === 0) : [W === 64 && !drops ? 112 : 128, 80]).find(
+    (n) => sharedOf(n, 1) <= SHARED && (W <= 128 || n <= 80),
+  );
+  if (keys === undefined) return undefined;
+  const queryStages = sharedOf(keys, 2) <= SHARED ? 2 : 1;
+  return { keys, groups: groupsOf(keys), queryStages, shared: sharedOf(keys, queryStages) };
 }
 
 /** Rows of queries and keys of a step of the gradient. */
@@ -95,14 +112,30 @@ const isWide = ({ C, W }: AttentionSizes): boolean => C === 256 && W === 256;
 /** The text of a kernel of the gradient that all kernels of attention on tensor cores share. */
 type GradText = Pick<
   Parameters<typeof render<"cuda/attention_grad_wgmma.cu">>[1],
-  "name" | "tiles" | "order" | "params" | "keyStart" | "maskArgs" | "starts" | "queryParams" | "half" | "suffix" | "part" | "documents" | "drops" | "split"
+  | "name"
+  | "tiles"
+  | "order"
+  | "params"
+  | "keyStart"
+  | "maskArgs"
+  | "starts"
+  | "queryParams"
+  | "half"
+  | "suffix"
+  | "part"
+  | "documents"
+  | "drops"
+  | "split"
 >;
 
 /** Returns the main launch of the gradient, and the source of all of its launches. */
 export function gradHopper(d: AttentionSizes, half: Float16, tiling: GradTiling, text: GradText) {
   const { rows, keys } = tiling;
   const { documents, drops } = text;
-  const more = { hopper: render("cuda/hopper.cuh", {}), common: render("cuda/attention_grad_hopper.cuh", { half: text.half, documents, drops }) };
+  const more = {
+    hopper: render("cuda/hopper.cuh", {}),
+    common: render("cuda/attention_grad_hopper.cuh", { half: text.half, documents, drops }),
+  };
   const { body, shared } = (isWide(d) ? gradWide : gradNarrow)(d, half, tiling, { ...text, ...more });
   const args = [boxesOf("q", d, half, rows), boxesOf("k", d, half, keys), boxesOf("v", d, half, keys), boxesOf("dy", d, half, rows)];
   // warpgroups of the wide kernel pass weights on as f16
@@ -122,7 +155,7 @@ function gradNarrow(d: AttentionSizes, half: Float16, { rows, keys }: GradTiling
   const columns = (rows * C) / 128 - 64;
   const grads = 2 * keys * rows;
   // keys and values; two stages of queries and dy; two statistics per query row and stage; barriers, ticket
-  const others = boxes * keys * 128 + 2 * boxes * rows * 128 + 16 * rows + 96 + (d.documents ? 4 * keys : 0);
+  const others = boxes * keys * 128 + 2 * boxes * rows * 128 + 16 * rows + 96 + (d.drops ? 4 : 0) + (d.documents ? 4 * keys : 0);
   const tile = 4 * rows * C;
   // two buffers for gradients of scores, and for gradients of queries, if they fit
   const buffers = others + 2 * grads + tile <= SHARED ? 2 : 1;
@@ -134,7 +167,8 @@ function gradNarrow(d: AttentionSizes, half: Float16, { rows, keys }: GradTiling
     weighQueries: weigh(C, half),
     weighDy: weigh(W, half),
   };
-  const body = render("cuda/attention_grad_wgmma.cu", { ...text, ...products, sub, buffers, tileBuffers });
+  const sharesMore = text.documents || text.drops;
+  const body = render("cuda/attention_grad_wgmma.cu", { ...text, ...products, sub, buffers, tileBuffers, sharesMore });
   return { body, shared: others + buffers * grads + tileBuffers * tile };
 }
 
@@ -143,8 +177,8 @@ function gradWide(d: AttentionSizes, half: Float16, { rows, keys }: GradTiling, 
   const products = { scores: product(64, 0, half), queries: product(64, 1, half), weigh: weigh(d.C, half) };
   // keys, values, two stages of queries, one of dy; gradients of scores, weights; three quarters of the gradients of queries
   const tiles = 2 * d.C * (2 * keys + 3 * rows) + 4 * rows * keys + 3 * rows * d.C;
-  // two statistics per query row and stage; 19 barriers, ticket
-  const others = 16 * rows + 160 + (d.documents ? 4 * keys : 0);
+  // two statistics per query row and stage; 19 barriers, ticket; bits of dropped weights
+  const others = 16 * rows + 160 + (d.drops ? 8 * keys : 0) + (d.documents ? 4 * keys : 0);
   return { body: render("cuda/attention_grad_wide.cu", { ...text, ...products }), shared: tiles + others };
 }
 
