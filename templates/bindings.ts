@@ -838,6 +838,7 @@ interface CudaTopKWarpCu {
   readonly groups: string | number;
   readonly k: string | number;
   readonly name: string | number;
+  readonly pairs: readonly { readonly first: string | number; readonly second: string | number }[];
   readonly rows: string | number;
   readonly sign: string | number;
   readonly threshold: boolean;

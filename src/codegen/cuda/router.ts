@@ -65,7 +65,7 @@ export function bestExperts(name: string, s: ExpertSelection, to: KernelArg): Ke
   const args = [s.x.name, ...(bias ? [bias.operand.name] : []), to];
   const vector = scoresOfLane(s);
   if (vector !== undefined) {
-    const body = render("cuda/top_k_warp.cu", { ...values, vector });
+    const body = render("cuda/top_k_warp.cu", { ...values, vector, pairs: sortingNetwork(vector) });
     return { body, launch: { entry: name, grid: [Math.ceil(s.tokens / 8), 1, 1], threads: 256, shared: 0, args } };
   }
   // at most one warp per token, with any number of values per lane
@@ -83,6 +83,17 @@ function scoresOfLane({ experts, groups, groupSize }: ExpertSelection): number |
   if (experts < 32 || each > 16 || experts % each !== 0) return undefined;
   const groupLanes = groupSize / each;
   return groups === 1 || (groupLanes >= 1 && groupLanes <= 32 && Number.isInteger(Math.log2(groupLanes))) ? each : undefined;
+}
+
+/** Returns the comparisons of Batcher's odd-even merge sort of `count` values, a power of two, as pairs of places. */
+function sortingNetwork(count: number): { first: number; second: number }[] {
+  const pairs: { first: number; second: number }[] = [];
+  for (let run = 1; run < count; run *= 2)
+    for (let apart = run; apart >= 1; apart /= 2)
+      for (let from = apart % run; from + apart < count; from += 2 * apart)
+        for (let first = from; first < Math.min(from + apart, count - apart); first++)
+          if (Math.floor(first / (2 * run)) === Math.floor((first + apart) / (2 * run))) pairs.push({ first, second: first + apart });
+  return pairs;
 }
 
 /** Keys of a selection of tokens, and what it writes, in CUDA. */
