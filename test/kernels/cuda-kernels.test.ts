@@ -90,6 +90,14 @@ describe.skipIf(missing)(`CUDA kernels, emulated${missing ? ` (skipped: ${missin
     await holds({ op: "embed_grad", d: { B, S, V, D }, data, accumulates: ["dtable"] });
   });
 
+  // ids of other shards, ids without tokens, with a few, and with more than a warp holds; columns of three warps
+  test.each([{ accumulates: ["dtable"] }, { accumulates: [] }])("embed_grad visits the ids of its shard: $accumulates", async (of) => {
+    const [B, S, V, D] = [2, 150, 77, 300];
+    const ids = Int32Array.from({ length: B * S }, () => Math.floor(next() < 0.3 ? 14 + 2 * next() : 50 + 60 * next()));
+    const data = { ids, table: noise(V * D), dy: noise(B * S * D), dtable: noise(V * D) };
+    await holds({ op: "embed_grad", d: { B, S, V, D }, data, starts: { V: 5 }, ...of });
+  });
+
   // scores in steps of an eighth, so that many are equal, both zeros, infinities, and a token with fewer numbers than it may choose
   const scores = (tokens: number, E: number) => {
     const x = noise(tokens * E).map((v) => Math.floor(8 * v) / 8);

@@ -74,6 +74,8 @@ function sumOfSources(spec: SpecOf<typeof sourceLosses>): GeneratedKernel {
 const SHORT = 32;
 /** Blocks that share the longer lists. */
 const FREQUENT = 64;
+/** Ids whose rows a warp sums. */
+const IDS = 4;
 const INT = 4;
 
 function sumRowsOfIds(spec: SpecOf<typeof embedGrad>): GeneratedKernel {
@@ -104,7 +106,7 @@ function sumRowsOfIds(spec: SpecOf<typeof embedGrad>): GeneratedKernel {
       launch("_count", 256, [Math.ceil(tokens / 256), 1, 1], ["ids", scratchStart, lists, startOf("V")]),
       launch("_lists", 256, [Math.ceil(V / 256), 1, 1], [scratchStart, lists]),
       launch("_order", 1024, [Math.ceil(tokens / 1024) + frequent, 1, 1], ["ids", scratchStart, lists, startOf("V")]),
-      launch("", 32 * warps, [frequent * warps + present, Math.ceil(slices / warps), 1], ["dy", "dtable", scratchStart, lists]),
+      launch("", 32 * warps, [frequent * warps + Math.ceil(present / IDS), Math.ceil(slices / warps), 1], ["dy", "dtable", scratchStart, lists]),
     ],
   };
 }
