@@ -4,6 +4,7 @@
  */
 import { spawnSync } from "node:child_process";
 import { existsSync, mkdirSync, readdirSync, rmSync, writeFileSync } from "node:fs";
+import { availableParallelism } from "node:os";
 import { join } from "node:path";
 import { parseArgs } from "node:util";
 import { compileOptions } from "../../runtime/cuda/kernels.ts";
@@ -16,7 +17,7 @@ import { type BenchCase, type BenchKernel, benchCases } from "./cudaBenchCases.t
 
 const ARCH = "sm_90a";
 /** nvcc takes a GB for a large kernel. */
-const COMPILERS = 2;
+const COMPILERS = Math.min(8, Math.max(2, Math.floor(availableParallelism() / 2)));
 
 const { values } = parseArgs({
   options: { out: { type: "string", default: join(root, ".rankc/bench") }, only: { type: "string", default: "" } },
