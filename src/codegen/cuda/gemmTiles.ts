@@ -136,13 +136,16 @@ function pipelined(spec: KernelSpec, p: MatrixProduct, edge: Edge, part?: number
   const tf32 = p.tf32 === true;
   const [stages, step] = tf32 ? [3, 16] : [4, 8];
   const pitch = edge + (tf32 ? 8 : 4);
-  const unit = (operand: "a" | "b") => (!p[operand].depthFirst && areMultiples(p, operand, 4) ? 4 : 1);
+  // sums of fused multiply-adds read shared memory with depth as the outer dim; tensor cores read both orders
+  const keepsOrder = (operand: "a" | "b") => tf32 || !p[operand].depthFirst;
+  const unit = (operand: "a" | "b") => (keepsOrder(operand) && areMultiples(p, operand, 4) ? 4 : 1);
+  const floatsOf = (operand: "a" | "b") => (tf32 && p[operand].depthFirst ? edge * (step + 4) : step * pitch);
   const body = render("cuda/gemm_f32_pipelined.cu", {
     ...{ name: spec.name, ragged: p.ragged !== undefined, offsets: p.offsets, stages, pitch, tf32 },
     ...{ unitA: unit("a"), unitB: unit("b"), tiles: tilesText(p, edge, step, part) },
     more: moreOperands(addendsOf(p, step).addends),
   });
-  return { body, threads: 128, shared: stages * 2 * step * pitch * bytesOf.f32 };
+  return { body, threads: 128, shared: stages * (floatsOf("a") + floatsOf("b")) * bytesOf.f32 };
 }
 
 /** Returns the kernel of a product with operands of any float types. If `part` is below the depth, sums go to scratch and a second launch adds them in order. */
