@@ -262,6 +262,8 @@ const drafts: readonly CaseDraft[] = [
   },
   one("embed 65536x4096, 32000 words", "embed", words, "i32 bf16 bf16", { unread: ["table"], bytes: T * (D * 4 + 4) }),
   one("embed_grad 65536x4096, 32000 words", "embed_grad", words, "i32 bf16 bf16 f32", { unread: ["table"] }),
+  // the r-th word 1/r times as often as the first, which is a fifteenth of the tokens
+  one("embed_grad 65536x4096, 32000 words by rank", "embed_grad", words, "i32 bf16 bf16 f32", { unread: ["table"] }),
   one("take_rows 131072x4096 of 8 ranks", "take_rows", { I: rowsBound * D, N: rowsBound, O: rowsBound * D, width: D }, "bf16 i32 bf16"),
 ];
 

@@ -514,7 +514,10 @@ class Cases:
     def fill_embed(self, d, b, case):
         b["ids"].random_(0, d["V"])
 
-    fill_embed_grad = fill_embed
+    def fill_embed_grad(self, d, b, case):
+        self.fill_embed(d, b, case)
+        if case["name"].endswith("by rank"):
+            b["ids"].copy_(torch.rand(b["ids"].shape, device="cuda").mul_(torch.log(torch.tensor(d["V"] + 1.0))).exp_().int() - 1).clamp_(0, d["V"] - 1)
 
     def reference_embed(self, d, b, case):
         return {"x": b["table"][b["ids"].long()]}
