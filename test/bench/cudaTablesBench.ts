@@ -78,9 +78,10 @@ class Torch {
     if (this.#child.exitCode !== null || this.#child.killed) return { error: "torch has ended" };
     this.#child.stdin?.write(`${file}\n`);
     const limit = setTimeout(() => this.end(), LIMITS.torch * 1e3);
-    const { value, done } = await this.#lines.next();
+    let line = await this.#lines.next();
+    while (!line.done && !line.value.startsWith("{")) line = await this.#lines.next();
     clearTimeout(limit);
-    return done ? { error: `no result within ${LIMITS.torch} s` } : (JSON.parse(value) as Peer);
+    return line.done ? { error: `no result within ${LIMITS.torch} s` } : (JSON.parse(line.value) as Peer);
   }
   end(): void {
     this.#child.kill("SIGKILL");
