@@ -173,6 +173,8 @@ function attentions([B, H, G, S, C, W]: (typeof attentionShapes)[number], drop =
   return [one(`attention ${name}`, "attention", d, attentionTypes), one(`attention_grad ${name}`, "attention_grad", d, attentionGradTypes)];
 }
 const router = { B: 1, S: T, E: 128 };
+/** The groups of DeepSeek-V3. */
+const inGroups = { groups: 8, group_top_k: 4, group_scores: 2 };
 const rowsSizes = { B: 1, S: 16384, D: 4096, E: 64 };
 const rowsBound = 8 * 16384;
 const logits = { B: 1, S: 8192, V: 32000 };
@@ -223,6 +225,12 @@ const drafts: readonly CaseDraft[] = [
   one("head_norm_rope_grad 65536x32x128", "head_norm_rope_grad", { ...normedHeads, sign: -1 }, "bf16 bf16 bf16 bf16 f32"),
   one("softmax 65536x128", "softmax", router, "bf16 f32"),
   one("choose 65536x128, 8", "top_k_mask", { ...router, k: 8 }, "bf16 f32"),
+  one(
+    "choose 65536x256, 8 of 4 of 8 groups, biased",
+    "top_k_mask_biased",
+    { B: 1, S: T, E: 256, k: 8, sign: 1, ...inGroups },
+    "f32 f32 f32",
+  ),
   one("weigh 65536x128, 8", "combine_weights", { ...router, normalize: 1, scale: 1 }, "f32 f32 f32"),
   {
     name: "router 65536x128, 8 (softmax, choose, weigh)",

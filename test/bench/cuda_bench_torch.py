@@ -349,6 +349,23 @@ class Cases:
     def peers_top_k_mask(self, d, b, case):
         return self.several("topk, scatter", lambda x: torch.zeros_like(x).scatter_(-1, x.topk(d["k"], -1).indices, 1.0), b["x"])
 
+    def scores_in_groups(self, d, x, bias):
+        score = x + d["sign"] * bias
+        of_group = score.unflatten(-1, (d["groups"], -1))
+        worth = of_group.topk(d["group_scores"], -1).values.sum(-1)
+        best = chosen(worth, d["group_top_k"]).unsqueeze(-1)
+        return of_group.masked_fill(best == 0, float("-inf")).flatten(-2)
+
+    def reference_top_k_mask_biased(self, d, b, case):
+        return {"c": chosen(self.scores_in_groups(d, b["x"], b["bias"]), d["k"])}
+
+    def peers_top_k_mask_biased(self, d, b, case):
+        def choose(x, bias):
+            score = self.scores_in_groups(d, x, bias)
+            return torch.zeros_like(score).scatter_(-1, score.topk(d["k"], -1).indices, 1.0)
+
+        return self.several("groups, topk, scatter", choose, b["x"], b["bias"])
+
     def fill_combine_weights(self, d, b, case):
         b["c"].copy_(chosen(b["p"], 8))
         b["p"].copy_(b["p"].softmax(-1))
