@@ -321,6 +321,7 @@ interface CudaEmbedGradCu {
   readonly vocabulary: string | number;
   readonly warps: string | number;
   readonly width: string | number;
+  readonly writers: string | number;
 }
 
 interface CudaExpertCountsCu {

@@ -134,7 +134,8 @@ function fetched(spec: KernelSpec, p: MatrixProduct, edge: Edge, part?: number):
 /** Returns a kernel for f32 operands in tiles of 128 x 128 with asynchronous copies. Operands rounded to TF32 are multiplied by tensor cores. */
 function pipelined(spec: KernelSpec, p: MatrixProduct, edge: Edge, part?: number): Block {
   const tf32 = p.tf32 === true;
-  const [stages, step] = tf32 ? [3, 16] : [4, 8];
+  // two operands that change their order fill a longer step too slowly
+  const [stages, step] = !tf32 && p.a.depthFirst && p.b.depthFirst ? [4, 8] : [3, 16];
   const pitch = edge + (tf32 ? 8 : 4);
   // sums of fused multiply-adds read shared memory with depth as the outer dim; tensor cores read both orders
   const keepsOrder = (operand: "a" | "b") => tf32 || !p[operand].depthFirst;

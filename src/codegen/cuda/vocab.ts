@@ -72,8 +72,9 @@ function sumOfSources(spec: SpecOf<typeof sourceLosses>): GeneratedKernel {
 
 /** Tokens in a short list: those of an id that a lane each can hold. */
 const SHORT = 32;
-/** Blocks that share the longer lists. */
+/** Longer lists that are summed at once, and those that are written at once. */
 const FREQUENT = 64;
+const WRITERS = 264;
 /** Ids whose rows a warp sums. */
 const IDS = 4;
 const INT = 4;
@@ -85,11 +86,12 @@ function sumRowsOfIds(spec: SpecOf<typeof embedGrad>): GeneratedKernel {
   const vector = vectorOf(D, [spec.dtype.dy]);
   const slices = Math.ceil(D / (32 * vector));
   const warps = Math.min(8, slices);
-  const frequent = Math.max(1, Math.min(FREQUENT, Math.floor(tokens / (SHORT + 1))));
+  const most = Math.max(1, Math.floor(tokens / (SHORT + 1)));
+  const [frequent, writers] = [Math.min(FREQUENT, most), Math.min(WRITERS, most)];
   // ids that the last launch visits: a table that is written gets zeros for all others
   const present = adds ? Math.min(V, tokens) : V;
   const body = render("cuda/embed_grad.cu", {
-    ...{ name: spec.name, vector, warps, frequent, tokens, vocabulary: V, width: D, adds, present: adds ? present : 1 },
+    ...{ name: spec.name, vector, warps, frequent, writers, tokens, vocabulary: V, width: D, adds, present: adds ? present : 1 },
     ...{ dy: cudaType(spec.dtype.dy), dtable: cudaType(spec.dtype.dtable) },
   });
   const counters = (4 + V) * INT;
@@ -105,8 +107,13 @@ function sumRowsOfIds(spec: SpecOf<typeof embedGrad>): GeneratedKernel {
       clear.launch,
       launch("_count", 256, [Math.ceil(tokens / 256), 1, 1], ["ids", scratchStart, lists, startOf("V")]),
       launch("_lists", 256, [Math.ceil(V / 256), 1, 1], [scratchStart, lists]),
-      launch("_order", 1024, [Math.ceil(tokens / 1024) + frequent, 1, 1], ["ids", scratchStart, lists, startOf("V")]),
-      launch("", 32 * warps, [frequent * warps + Math.ceil(present / IDS), Math.ceil(slices / warps), 1], ["dy", "dtable", scratchStart, lists]),
+      launch("_order", 1024, [Math.ceil(tokens / 1024) + writers, 1, 1], ["ids", scratchStart, lists, startOf("V")]),
+      launch(
+        "",
+        32 * warps,
+        [frequent * warps + Math.ceil(present / IDS), Math.ceil(slices / warps), 1],
+        ["dy", "dtable", scratchStart, lists],
+      ),
     ],
   };
 }
