@@ -43,7 +43,7 @@ function jobText(row: PublishedRow): string {
     },
     train: {
       ...{ micro_batch: n("mbs"), global_batch: n("gbs"), steps: 1, precision: "bf16", ...recompute },
-      ...(row.state === "bf16" ? { gradients: "bf16" } : {}),
+      ...(row.state === "bf16" || row.state === "bf16 gradients" ? { gradients: "bf16" } : {}),
       optimizer: { lr: 1e-4, ...(row.state === "bf16" ? { moments: "bf16" } : {}) },
     },
     data: { path: "corpus.txt", tokenizer: "bytes" },
