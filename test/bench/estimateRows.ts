@@ -66,7 +66,9 @@ export async function planOfRow(row: PublishedRow): Promise<Plan> {
   const known = plans.get(key);
   if (known) return known;
   const job = jobOfRow(row);
-  const { plan } = compile(job, { target: (await loadDeviceTargets())(job.cluster.device) });
+  // those with which the constants of the stacks were fitted: later fusions of rankc are not those of other software
+  const target = { ...(await loadDeviceTargets())(job.cluster.device), fuses: ["statistics", "sums", "activations"] as const };
+  const { plan } = compile(job, { target });
   plans.set(key, plan);
   return plan;
 }
