@@ -64,8 +64,9 @@ async function measuredHere(): Promise<void> {
     const again = Number(row.again_blocks_ms);
     const latest = Number.isFinite(again) ? again : measured;
     const latestOptimizer = Number.isFinite(again) ? row.again_optimizer_ms : optimizer_ms;
-    if (use === "predicted" || use === "second set") add(`${use}, before they ran`, error(predicted, measured));
-    add("all, estimate of today", error(ms, latest));
+    const [set = ""] = use.split(";");
+    if (set === "predicted" || set === "second set") add(`${set}, before they ran`, error(predicted, measured));
+    add(`${use.includes("fit: power") ? "on which the law of power is fitted" : "others"}, estimate of today`, error(ms, latest));
     print([
       `${name}${step_ms === "-" ? "" : ", whole step"}`,
       Number.isFinite(measured) ? String(measured) : "not measured",

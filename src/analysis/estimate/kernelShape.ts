@@ -104,8 +104,9 @@ export function kernelShape(i: Compute, mesh: Mesh, buffers: BufferTable): Kerne
   const op = product ? productName(i, d, dtype) : i.op;
   const base = { op, flops, bytes, dtype };
   if (product) {
-    const rows = flops / (2 * sizeOf(d, "K") * (sizeOf(d, "N") + (d.F ?? 0)));
-    const [m, n, k] = product.sizes(d, rows);
+    // gradients of two weights have one dim N
+    const columns = i.op === "grouped_wgrad_pair" ? 2 * sizeOf(d, "N") : sizeOf(d, "N") + (d.F ?? 0);
+    const [m, n, k] = product.sizes(d, flops / (2 * sizeOf(d, "K") * columns));
     const experts = sizeOf(d, "E");
     // rows of one expert
     const sizes = {
