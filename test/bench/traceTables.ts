@@ -9,22 +9,33 @@ export interface Slice {
   readonly end: number;
 }
 
+interface NamedEvent {
+  readonly name: string;
+  readonly pid: number;
+  readonly args?: { readonly name?: string };
+}
+/** Returns the process of a rank: it is named after the rank. */
+export const processOf = (events: readonly NamedEvent[], rank: number): number | undefined =>
+  events.find(({ name, args }) => name === "process_name" && args?.name?.split(",")[0] === `rank ${rank}`)?.pid;
+
 /** Returns the work of a rank in a trace of `rankc run --profile`. */
 export function slicesOf(trace: string, rank = 0): Slice[] {
   const { traceEvents } = JSON.parse(trace) as {
-    traceEvents: { ph: string; pid: number; tid: number; ts: number; dur: number; name: string; cat: string }[];
+    traceEvents: (NamedEvent & { ph: string; tid: number; ts: number; dur: number; cat: string })[];
   };
+  const own = processOf(traceEvents, rank);
   return traceEvents
-    .filter(({ ph, pid }) => ph === "X" && pid === rank)
+    .filter(({ ph, pid }) => ph === "X" && pid === own)
     .map(({ name, cat, tid, ts, dur }) => ({ name, op: cat, stream: tid, begin: ts, end: ts + dur }));
 }
 
 /** Returns a trace of one rank with times in tenths of a microsecond: small enough to be kept. */
 export function prunedTrace(trace: string, rank = 0): string {
-  const { traceEvents, ...rest } = JSON.parse(trace) as { traceEvents: { pid: number; ts?: number; dur?: number }[] };
+  const { traceEvents, ...rest } = JSON.parse(trace) as { traceEvents: (NamedEvent & { ts?: number; dur?: number })[] };
+  const own = processOf(traceEvents, rank);
   const rounded = (us: number): number => Math.round(10 * us) / 10;
   const kept = traceEvents
-    .filter(({ pid }) => pid === rank)
+    .filter(({ pid }) => pid === own)
     .map(({ ts, dur, ...e }) => ({ ...e, ...(ts !== undefined && { ts: rounded(ts) }), ...(dur !== undefined && { dur: rounded(dur) }) }));
   return `${JSON.stringify({ ...rest, traceEvents: kept })}\n`;
 }

@@ -26,6 +26,7 @@ import { printWhy } from "../../src/report/whyText.ts";
 import { secondsText } from "../../src/units.ts";
 import { root } from "../support/checkout.ts";
 import { jobOf } from "../support/job.ts";
+import { importTrace } from "../support/perfettoImport.ts";
 import { rankc } from "../support/rankc.ts";
 
 const profile = packageProfile("h100-80gb")!;
@@ -125,8 +126,9 @@ test("a trace of the estimate has the ids, ops and names of streams of a profile
   const last = timings.reduce((end, t) => Math.max(end, t.end_us), 0);
   expect(last).toBeLessThanOrEqual(1e6 * seconds + 1e-3);
   for (const { begin_us, end_us } of timings) expect(end_us).toBeGreaterThanOrEqual(begin_us);
-  const trace: { traceEvents: { ph: string; name: string }[] } = JSON.parse(traceOf(timings));
-  expect(trace.traceEvents.filter(({ ph }) => ph === "X")).toHaveLength(timings.length);
+  const { threads, faults } = importTrace(traceOf(timings));
+  expect(faults).toEqual([]);
+  expect(threads.reduce((sum, { slices }) => sum + slices.length, 0)).toBe(timings.length);
 });
 
 test("export trace --estimate writes the estimate with the tracks of a profile, for the chosen ranks", async () => {
@@ -134,13 +136,11 @@ test("export trace --estimate writes the estimate with the tracks of a profile, 
   const job = join(root, "plans/tiny-mixtral/job.yaml");
   const { err, exit } = await rankc("export", "trace", job, "-o", out, "--estimate", "--device", "h100-80gb", "--ranks", "0,1");
   expect([err, exit]).toEqual(["", 0]);
-  const { traceEvents } = JSON.parse(readFileSync(out, "utf8")) as {
-    traceEvents: { ph: string; name: string; pid: number; args?: { name: string } }[];
-  };
-  const tracks = traceEvents.filter(({ name }) => name === "thread_name").map(({ args }) => args?.name);
-  expect(tracks).toContain("compute");
-  expect(tracks).toContain("comm");
-  const counts = [0, 1].map((rank) => traceEvents.filter(({ ph, pid }) => ph === "X" && pid === rank).length);
+  const { threads, faults } = importTrace(readFileSync(out, "utf8"));
+  expect(faults).toEqual([]);
+  const [first, second] = [0, 1].map((rank) => threads.filter(({ process }) => process === `rank ${rank}, estimate`));
+  expect(first?.map(({ thread }) => thread)).toEqual(expect.arrayContaining(["compute", "comm"]));
+  const counts = [first, second].map((of) => of?.reduce((sum, { slices }) => sum + slices.length, 0));
   expect(counts[0]).toBeGreaterThan(50);
   expect(counts[1]).toBe(counts[0]);
   expect((await rankc("export", "trace", job, "-o", out, "--estimate")).err).toContain("cpu has no device profile");

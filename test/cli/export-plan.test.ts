@@ -13,7 +13,10 @@ import { compile } from "../../src/compile.ts";
 import { pipelineCsv } from "../../src/convert/plan/pipelineCsv.ts";
 import { chosenRanks } from "../../src/convert/plan/ranks.ts";
 import { readJob } from "../../src/frontend/readJobNow.ts";
+import { traceText } from "../../src/report/trace.ts";
 import { root } from "../support/checkout.ts";
+import { random } from "../support/opCases.ts";
+import { importTrace } from "../support/perfettoImport.ts";
 import { rankc } from "../support/rankc.ts";
 import { once } from "../support/tiers.ts";
 
@@ -79,19 +82,40 @@ describe("the pipeline schedule of PyTorch", () => {
   });
 });
 
-test("the trace has a process for each chosen rank, a slice for each block run, and no slices that overlap on a track", async () => {
+test("Perfetto imports the trace: a process for each chosen rank, a slice for each block run, and none is dropped", async () => {
   const plan = interleavedPlan();
-  const file = await exported("trace", interleaved, "plan.trace.json", "--ranks", "all");
-  const { traceEvents } = JSON.parse(readFileSync(file, "utf8")) as {
-    traceEvents: { ph: string; name: string; pid: number; tid?: number; ts: number; dur: number }[];
-  };
-  expect(traceEvents.filter(({ name }) => name === "process_name").map(({ pid }) => pid)).toEqual(
-    Array.from({ length: plan.mesh.world }, (_, rank) => rank),
+  const { threads, faults } = importTrace(readFileSync(await exported("trace", interleaved, "plan.trace.json", "--ranks", "all"), "utf8"));
+  expect(faults).toEqual([]);
+  expect(threads.map(({ process, thread, isMain }) => [process, thread, isMain])).toEqual(
+    Array.from({ length: plan.mesh.world }, (_, rank) => [`rank ${rank}, stage ${stageOfRank(plan.mesh, rank)}`, "compute", true]),
   );
-  for (let rank = 0; rank < plan.mesh.world; rank++) {
-    const slices = traceEvents.filter(({ ph, pid }) => ph === "X" && pid === rank);
+  for (const [rank, { slices }] of threads.entries()) {
     expect(slices).toHaveLength(plan.programs[stageOfRank(plan.mesh, rank)]!.order.length);
-    for (const [n, { ts, dur }] of slices.entries()) expect(ts + dur).toBeLessThanOrEqual(slices[n + 1]?.ts ?? Infinity);
+    expect(slices.every(({ depth }) => depth === 0)).toBe(true);
+    for (const [n, { end }] of slices.entries()) expect(end).toBeLessThanOrEqual(slices[n + 1]?.begin ?? Infinity);
+  }
+});
+
+test("any times are imported as they are, to the nanosecond: slices that follow each other, or are within each other, stay so", () => {
+  const next = random(5);
+  for (const scale of [1e-3, 1, 1e5]) {
+    const drawn = Array.from({ length: 500 }, () => (next() + 1) * scale * 1000).sort((a, b) => a - b);
+    // two slices of no duration at one time are put on each other
+    const edges = drawn.filter((edge, n) => n === 0 || Math.round(edge * 1000) > Math.round(drawn[n - 1]! * 1000));
+    const pairs = edges.flatMap((end, n) => (n > 0 ? [[edges[n - 1]!, end] as const] : []));
+    const slice = (stream: string, begin_us: number, end_us: number) => ({ stream, name: "x", category: "c", begin_us, end_us });
+    const slices = [slice("outer", edges[0]!, edges.at(-1)!), ...pairs.flatMap(([a, b]) => [slice("compute", a, b), slice("outer", a, b)])];
+    const traced = [0, 1].map((rank) => ({ rank, name: `rank ${rank}`, slices: () => slices }));
+    const { threads, faults } = importTrace([...traceText(traced, ["compute", "outer"])].join(""));
+    expect(faults).toEqual([]);
+    expect(threads.map(({ process, thread }) => `${process} ${thread}`)).toEqual(
+      ["rank 0", "rank 1"].flatMap((name) => [`${name} compute`, `${name} outer`]),
+    );
+    for (const { thread, isMain, slices: found } of threads) {
+      expect(isMain).toBe(thread === "compute");
+      const inner = found.filter(({ depth }) => depth === (thread === "outer" ? 1 : 0));
+      expect(inner.map(({ begin, end }) => [begin, end])).toEqual(pairs.map((pair) => pair.map((us) => Math.round(us * 1000))));
+    }
   }
 });
 

@@ -10,6 +10,7 @@ import { afterAll, beforeAll, describe, expect, test } from "vitest";
 import { stringify } from "yaml";
 import { driver } from "../../runtime/cuda/driver.ts";
 import { compile } from "../../src/compile.ts";
+import { processOf } from "../bench/traceTables.ts";
 import { fixture, jobOf } from "../support/job.ts";
 import { rankcProcess } from "../support/rankc.ts";
 import { byTier } from "../support/tiers.ts";
@@ -121,7 +122,8 @@ function besideCompute(trace: string): Record<string, { total: number; hidden: n
   }
   const { traceEvents } = JSON.parse(trace) as { readonly traceEvents: readonly Event[] };
   const names = new Map(traceEvents.filter(({ name }) => name === "thread_name").map(({ tid, args }) => [tid, args.name]));
-  const work = traceEvents.filter(({ ph, pid }) => ph === "X" && pid === 0);
+  const own = processOf(traceEvents, 0);
+  const work = traceEvents.filter(({ ph, pid }) => ph === "X" && pid === own);
   const kernels = work.filter(({ tid }) => names.get(tid) === "compute");
   const besides: Record<string, { total: number; hidden: number }> = {};
   for (const { tid, ts, dur } of work) {
@@ -135,11 +137,12 @@ function besideCompute(trace: string): Record<string, { total: number; hidden: n
 }
 
 test("times beside kernels are those that both intervals cover", () => {
-  const names = ["compute", "experts"].map((name, tid) => ({ name: "thread_name", ph: "M", pid: 0, tid, args: { name } }));
+  const process = { name: "process_name", ph: "M", pid: 7, args: { name: "rank 0" } };
+  const names = ["compute", "experts"].map((name, tid) => ({ name: "thread_name", ph: "M", pid: 7, tid, args: { name } }));
   const slices = [
     [0, 0, 10],
     [0, 20, 10],
     [1, 5, 20],
-  ].map(([tid, ts, dur]) => ({ ph: "X", name: "x", pid: 0, tid, ts, dur }));
-  expect(besideCompute(JSON.stringify({ traceEvents: [...names, ...slices] }))).toEqual({ experts: { total: 20, hidden: 10 } });
+  ].map(([tid, ts, dur]) => ({ ph: "X", name: "x", pid: 7, tid, ts, dur }));
+  expect(besideCompute(JSON.stringify({ traceEvents: [process, ...names, ...slices] }))).toEqual({ experts: { total: 20, hidden: 10 } });
 });
