@@ -6,7 +6,8 @@
  *     npm run bench:cuda-model -- [test/bench/jobs/mixtral-8x7b-4-layers.yaml] [--set KEY=VALUE] [--steps 9] [--rows 60] [--limit 60]
  *     [--without heads] [--with norm_sums]
  *
- * The medians are of steps that are replayed as a graph; the parts are those of a step whose instructions are timed one by one. With
+ * `moe` is the time of the layers of experts with their routers, `host_ms` what the host takes between two replays. The medians are of steps that are
+ * replayed as a graph; the parts are those of a step whose instructions are timed one by one. With
  * --profile-only no step is a graph: one set of weights is written instead of two. --without and --with name fusions that the plan lacks, or has beside those of the target. Each part of the script has its limit, a step --limit
  * seconds: past it the script prints where it stood, and ends. Started by node itself: the command tsx keeps a script whose main thread
  * is blocked from ending by SIGTERM.
@@ -101,13 +102,24 @@ async function open(what: string, profile: boolean) {
     },
   };
   let replayed = false;
+  // milliseconds of the host in which the device has nothing to do: from the end of a step to the begin of the next, writes of inputs, the launch
+  const host = { ended: 0, begun: 0, between: [] as number[], writes: [] as number[], launch: [] as number[] };
   const watched = {
     ...localRanks,
     rankDevice: () => device,
-    beginStep: (microbatches: number) => (replayed = localRanks.beginStep(microbatches)),
-    finish() {
+    beginStep(microbatches: number) {
+      host.begun = performance.now();
+      host.between.push(host.begun - host.ended);
+      return (replayed = localRanks.beginStep(microbatches));
+    },
+    async finish() {
       limits.at(replayed ? "a graph is replayed" : "all is issued");
-      return localRanks.finish();
+      const walked = performance.now();
+      const finished = localRanks.finish();
+      host.writes.push(walked - host.begun);
+      host.launch.push(performance.now() - walked);
+      await finished;
+      host.ended = performance.now();
     },
   };
   const tokens = (count: number) => Int32Array.from({ length: count }, () => Math.floor(((next() + 1) / 2) * job.model.vocab));
@@ -115,7 +127,7 @@ async function open(what: string, profile: boolean) {
   limits.part(`${what}: weights`, 300);
   const run = runOn(plan, { localRanks: watched, batch, checkpoint: { read: weights } });
   return {
-    ...{ localRanks, run },
+    ...{ localRanks, run, host },
     async step(n: number) {
       limits.part(`${what}: step ${n}`, limit);
       const result = await run.step();
@@ -133,7 +145,7 @@ const median = (all: readonly number[]): number => [...all].sort((a, b) => a - b
 
 /** Medians of replayed steps: milliseconds as the host sees them, and the share in which the device waits for the host. */
 async function replays() {
-  const { localRanks, step, close } = await open("graph", false);
+  const { localRanks, host, step, close } = await open("graph", false);
   const milliseconds: number[] = [];
   const idle: number[] = [];
   for (let n = 1; n <= steps + 3; n++) {
@@ -145,7 +157,9 @@ async function replays() {
     if (share !== undefined) idle.push(share);
   }
   await close();
-  return { step_ms: median(milliseconds), idle_share: idle.length ? median(idle) : null };
+  const { between, writes, launch } = host;
+  const host_ms = Object.fromEntries(Object.entries({ between, writes, launch }).map(([name, all]) => [name, median(all.slice(3))]));
+  return { step_ms: median(milliseconds), idle_share: idle.length ? median(idle) : null, host_ms };
 }
 
 /** Milliseconds on the device from the first instruction to the last of those in `ids`. */
@@ -197,12 +211,17 @@ const graph = values["profile-only"] ? undefined : await replays();
 const { timings, ...parts } = await profiled();
 const table = profileRows(plan, timings);
 const flops = table.reduce((sum, r) => sum + r.tflops * r.milliseconds * 1e9, 0);
+/** The layers of experts with their routers: products, copies and sums of rows, forward and backward. */
+const experts = table.filter(({ id, op }) => id.includes(".moe.") || op.startsWith("unpermute"));
+const expertsMs = experts.reduce((sum, r) => sum + r.milliseconds, 0);
+const expertsFlops = experts.reduce((sum, r) => sum + r.tflops * r.milliseconds * 1e9, 0);
 const tokens = job.train.global_batch * job.model.seq;
 process.stderr.write(printProfile(plan, timings, rows));
 process.stdout.write(
   `${JSON.stringify({
     ...{ job: job.name, ...graph, ...parts, flops },
     tflops: flops / parts.forward_backward_ms / 1e9,
+    ...(expertsMs > 0 && { moe: { ms: expertsMs, tflops: expertsFlops / expertsMs / 1e9 } }),
     ...(graph && { tokens_per_second: tokens / graph.step_ms / 1e-3 }),
     plan_peak_gib: Math.max(...plan.memory.map((m) => m.peak)) / 2 ** 30,
     launches: timings.length,
