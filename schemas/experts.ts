@@ -70,17 +70,13 @@ interface Placed {
   readonly cluster: Pick<Job["cluster"], "gpus_per_node">;
 }
 
-/**
- * Returns so many neighbouring ranks of a stage that share a node: the ranks of a node are theirs, or those of several stages. Returns undefined
- * if nodes begin in the middle of such neighbours.
- */
-function neighboursOnNode({ parallel: p, cluster: { gpus_per_node: gpus } }: Placed): number | undefined {
-  // in this order of axes the stages lie between the tokens of a node and the data ranks
-  const near = p.order === "tp-cp-ep-pp-dp" ? p.tensor * p.context : p.world / p.pipeline;
-  if (near >= gpus) return near % gpus === 0 ? gpus : undefined;
-  if (gpus % near !== 0) return undefined;
-  if (near * p.pipeline >= gpus) return (near * p.pipeline) % gpus === 0 ? near : undefined;
-  return gpus % (near * p.pipeline) === 0 ? gpus / p.pipeline : undefined;
+const divisor = (a: number, b: number): number => (b === 0 ? a : divisor(b, a % b));
+
+/** Returns the largest number by which neighbouring ranks of a stage are divided so that each share is on one node. */
+function neighboursOnNode({ parallel: p, cluster: { gpus_per_node: gpus } }: Placed): number {
+  // in this order of axes other stages follow the tensor and context ranks, and both grids have runs of this length
+  const near = p.order === "tp-cp-ep-pp-dp" && p.pipeline > 1 ? p.tensor * p.context : p.world / p.pipeline;
+  return p.world <= gpus ? near : divisor(near, gpus);
 }
 
 /** The nodes of an expert group, and how many of its ranks each node has; expert tensor ranks count as one. */
@@ -95,10 +91,10 @@ export interface ExpertNodes {
 export function nodesOfExperts(placed: Placed): ExpertNodes | undefined {
   const { expert, expert_tensor } = placed.parallel;
   const neighbours = neighboursOnNode(placed);
-  if (neighbours === undefined) return undefined;
   const most = neighbours / expert_tensor;
   if (most % expert === 0) return { nodes: 1, perNode: expert };
-  return Number.isInteger(most) && expert % most === 0 ? { nodes: expert / most, perNode: most } : undefined;
+  const isWhole = neighbours === placed.cluster.gpus_per_node && Number.isInteger(most) && expert % most === 0;
+  return isWhole ? { nodes: expert / most, perNode: most } : undefined;
 }
 /** Returns the nodes of each expert group if tokens are sent once to each node: there are several, with several ranks of the group each. */
 export function nodesOfDispatch({
@@ -107,4 +103,22 @@ export function nodesOfDispatch({
 }: Placed & { readonly model: { readonly moe?: Pick<Moe, "dispatch"> | null } }): ExpertNodes | undefined {
   const found = moe?.dispatch === "once_per_node" ? nodesOfExperts(placed) : undefined;
   return found && found.nodes > 1 && found.perNode > 1 ? found : undefined;
+}
+
+/** An exchange of rows on their way to experts: ranks so many apart, and how many rows of a token it sends, on average if the load is balanced. */
+export interface RowHop {
+  readonly ranks: number;
+  readonly stride: number;
+  readonly rows: number;
+}
+/** Returns the exchanges of rows on their way to experts: one, or one between nodes and one inside. They come back by the same. */
+export function hopsOfRows(job: Placed & { readonly model: { readonly moe: Moe } }): readonly RowHop[] {
+  const { expert: ranks, expert_tensor: stride } = job.parallel;
+  const { moe } = job.model;
+  const found = nodesOfDispatch(job);
+  if (!found) return [{ ranks, stride, rows: rowsSent(moe, ranks) }];
+  return [
+    { ranks: found.nodes, stride: stride * found.perNode, rows: rowsSent(moe, found.nodes) },
+    { ranks: found.perNode, stride, rows: rowsSent(moe, ranks) },
+  ];
 }

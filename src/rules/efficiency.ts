@@ -1,7 +1,7 @@
 /** Rules P, C: time that is lost to idle stages, to the order of ranks, and to communication. The estimates are of the plan, in closed form. */
 import { type Device, deviceOf } from "../../schemas/devices.ts";
 import { bytesOf } from "../../schemas/dtypes.ts";
-import { rowsSent } from "../../schemas/experts.ts";
+import { hopsOfRows } from "../../schemas/experts.ts";
 import type { Job } from "../../schemas/job.ts";
 import { pipelineOf } from "../passes/pipelineStages.ts";
 import { idleShare, microbatches, stageRanks } from "./mesh.ts";
@@ -46,8 +46,11 @@ function timesOf({ model: m, parallel: p, train, cluster }: Job): LayerTimes | u
   const parts = m.moe && !m.moe.shared ? 1 : 2;
   const tensor = (4 * parts * tokens * m.hidden * bytes * others(p.tensor)) / linkOf(p.tensor);
   // rows go to their experts and come back, forward and backward; or all tokens of the group are gathered
-  const rows = m.moe ? rowsSent(m.moe, p.expert) : 0;
-  const expert = (4 * own * rows * width * bytes * others(p.expert)) / linkOf(p.expert * p.expert_tensor);
+  const hops = m.moe ? hopsOfRows({ model: { moe: m.moe }, parallel: p, cluster }) : [];
+  const expert = hops.reduce(
+    (sum, { ranks, stride, rows }) => sum + (4 * own * rows * width * bytes * others(ranks)) / linkOf(ranks * stride),
+    0,
+  );
   return { arithmetic, tensor, expert };
 }
 

@@ -3,7 +3,7 @@
  * compiled; a choice is excluded by it only where its bytes are far beyond the device.
  */
 import type { DeviceProfile } from "../../schemas/deviceProfile.ts";
-import { rowsSent } from "../../schemas/experts.ts";
+import { hopsOfRows, rowsSent } from "../../schemas/experts.ts";
 import type { Job } from "../../schemas/job.ts";
 import { hardwareOf } from "../analysis/estimate/hardware.ts";
 import { collectiveSeconds, transferSeconds } from "../analysis/estimate/linkTime.ts";
@@ -99,10 +99,14 @@ export function forecastSeconds(base: ForecastBase, choice: JobChoice): number {
   const dense = tokens * tensor * model.hidden * bytes;
   const ofTensor = (expert_tensor > 1 || !model.moe ? 8 : 4) * collectiveSeconds(links, "all_gather", dense, topology(tensor, 1));
   const moe = model.moe && choice.dispatch !== "job" ? { ...model.moe, dispatch: choice.dispatch } : model.moe;
-  const copies = moe && assumed.sendsPerNode ? { experts: moe.top_k, rows: rowsSent(moe, expert) } : undefined;
-  const sent = moe ? tokens * rowsSent(moe, expert) * width * bytes : 0;
-  const exchange = collectiveSeconds(links, "all_to_all", sent, topology(expert, expert_tensor), copies);
-  const gathered = sent * expert_tensor;
+  const hops = moe
+    ? hopsOfRows({ model: { moe }, parallel: { ...parallel, tensor, pipeline, context, expert, expert_tensor }, cluster })
+    : [];
+  const exchange = hops.reduce((sum, { ranks, stride, rows }) => {
+    const copies = moe && assumed.sendsPerNode ? { experts: moe.top_k, rows } : undefined;
+    return sum + collectiveSeconds(links, "all_to_all", tokens * rows * width * bytes, topology(ranks, stride), copies);
+  }, 0);
+  const gathered = moe ? tokens * rowsSent(moe, expert) * width * bytes * expert_tensor : 0;
   const ofExperts = 4 * exchange + 4 * collectiveSeconds(links, "all_gather", gathered, topology(expert_tensor, 1));
   const keys = 2 * tokens * tensor * model.kv_heads * model.head_dim * bytes;
   const ring = context > 1 ? 1.5 * collectiveSeconds(links, "all_gather", (keys * context) / tensor, topology(context, tensor)) : 0;

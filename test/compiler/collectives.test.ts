@@ -1,11 +1,13 @@
 /** What a layer communicates. Mistakes of cost never show in numbers, so the collectives themselves are held here: Megatron Core's, one by one. */
 
 import { expect, test } from "vitest";
-import { ranksOfToken } from "../../schemas/experts.ts";
+import { nodesOfExperts, ranksOfToken } from "../../schemas/experts.ts";
 import { blocksOf, instructionsOf } from "../../schemas/program.ts";
+import { numberInStage, rankAt, stageOfRank } from "../../schemas/sharding.ts";
 import { compile } from "../../src/compile.ts";
+import { buildMesh } from "../../src/passes/mesh.ts";
 import { microbatchesOf } from "../../src/passes/schedule.ts";
-import { jobOf } from "../support/job.ts";
+import { jobOf, meshOf, parallelOf } from "../support/job.ts";
 
 const moe = { experts: 8, top_k: 2, ffn: 32, router: { balance: "aux_loss", aux_coeff: 0.01 } };
 const plan = (parallel: object, model: object = { moe }, train: object = {}) =>
@@ -13,7 +15,7 @@ const plan = (parallel: object, model: object = { moe }, train: object = {}) =>
     jobOf({
       name: "collectives",
       model: { layers: 4, hidden: 32, ffn: 32, heads: 8, kv_heads: 4, head_dim: 8, vocab: 256, seq: 16, ...model },
-      parallel,
+      ...meshOf(parallel),
       train: { micro_batch: 1, global_batch: 16, steps: 1, optimizer: { lr: 1e-3 }, ...train },
       data: { path: "corpus.txt" },
     }),
@@ -47,6 +49,72 @@ test("dispatch: once sends a row for each rank with experts of a token: as many 
   const [worst, few] = ["all_to_all", "once"].map((dispatch) => plan(mesh, { moe: { ...once, dispatch } }));
   expect([listOf(worst!), listOf(few!)]).toEqual([64, 16]);
 });
+
+test("dispatch: once_per_node crosses the network with a row for each node of a token, and inside a node has a row for each rank", () => {
+  const perNode = { ...moe, experts: 32, top_k: 8, dispatch: "once_per_node" };
+  const of = (over: object) => plan({ world: 8, expert: 8, gpus_per_node: 4 }, { hidden: 256, moe: { ...perNode, ...over } });
+  const [program] = of({ rows_bound: 1 }).programs;
+  const rowsOf = (name: RegExp): number[] => program!.buffers.flatMap(({ id, shape }) => (name.test(id) ? [shape[1]!] : []));
+  // 2·(1 − C(16, 8)/C(32, 8)) = 1.998 nodes of a token: 16 tokens to two nodes are two lists of 16 rows in each layer
+  expect(rowsOf(/moe\.permute@.*dispatch\.lists$/)).toEqual([16, 16, 16, 16]);
+  // a rank of the rail has the rows of two ranks, and each of them goes to 5.636 of 8 ranks in all: lists of ⌈2 · 16 · 5.636 / 8⌉ rows to four ranks
+  expect(rowsOf(/moe\.permute_ranks@.*dispatch\.lists$/)).toEqual([23, 23, 23, 23]);
+  const axes = new Set(instructionsOf(program!).flatMap((i) => (i.kind === "collective" && i.how === "all_to_all" ? [i.axes] : [])));
+  expect([...axes].sort()).toEqual(["ep/2@4", "ep/4@1"]);
+  // at worst each token of two ranks goes to each rank of the node
+  const worst = of({}).programs[0]!.buffers.flatMap(({ id, shape }) =>
+    /moe\.permute_ranks@.*dispatch\.lists$/.test(id) ? [shape[1]!] : [],
+  );
+  expect(worst).toEqual([32, 32, 32, 32]);
+  // one rank on each node, or one node: the plan of once
+  for (const gpus_per_node of [1, 8]) {
+    const [own, once] = ["once_per_node", "once"].map((dispatch) =>
+      plan({ world: 8, expert: 8, gpus_per_node }, { moe: { ...perNode, dispatch } }),
+    );
+    expect(own!.programs).toEqual(once!.programs);
+  }
+});
+
+test("the nodes of expert groups are those on which their ranks are, in any order of axes", () => {
+  const degrees = [1, 2, 3, 4, 6];
+  const found = new Set<string>();
+  for (const order of ["tp-cp-ep-dp-pp", "tp-cp-ep-pp-dp"] as const)
+    for (const [tensor, pipeline, expert, expert_tensor] of product4(degrees))
+      for (const gpus_per_node of [1, 2, 3, 4, 6, 8, 12]) {
+        const data = 12 / tensor;
+        if (!Number.isInteger(data) || 12 % (expert * expert_tensor) !== 0) continue;
+        // in the other order both grids have runs of one length before the stages
+        if (order === "tp-cp-ep-pp-dp" && tensor !== expert * expert_tensor) continue;
+        const parallel = parallelOf({ world: 12 * pipeline, tensor, pipeline, data, expert, expert_tensor, order });
+        const cluster = { nodes: 1, gpus_per_node, device: "cpu" } as const;
+        const mesh = buildMesh({ model: { kv_heads: 12 }, parallel, cluster });
+        const groups = Array.from({ length: 12 * pipeline }, (_, rank) => rank).flatMap((rank) => {
+          const n = numberInStage(mesh, rank);
+          if (n % (expert * expert_tensor) !== 0) return [];
+          const nodeOf = (at: number): number => Math.floor(rankAt(mesh, stageOfRank(mesh, rank), n + at) / gpus_per_node);
+          return [Array.from({ length: expert * expert_tensor }, (_, at) => nodeOf(at))];
+        });
+        const fits = (perNode: number): boolean =>
+          groups.every((nodes) =>
+            nodes.every((node, at) =>
+              nodes.every(
+                (other, by) =>
+                  (node === other) === (Math.floor(at / (perNode * expert_tensor)) === Math.floor(by / (perNode * expert_tensor))),
+              ),
+            ),
+          );
+        const perNode = degrees.filter((n) => expert % n === 0).find(fits);
+        const nodes = nodesOfExperts({ parallel, cluster });
+        expect(nodes, JSON.stringify({ order, tensor, pipeline, expert, expert_tensor, gpus_per_node })).toEqual(
+          perNode === undefined ? undefined : { nodes: expert / perNode, perNode },
+        );
+        found.add(nodes ? `${nodes.nodes} of ${nodes.perNode}` : "none");
+      }
+  expect(found).toContain("2 of 2");
+  expect(found).toContain("none");
+});
+const product4 = (values: readonly number[]) =>
+  values.flatMap((a) => values.flatMap((b) => values.flatMap((c) => values.map((d) => [a, b, c, d] as const))));
 
 test("a router that is limited to groups of experts limits the ranks of a token", () => {
   const router = { group_top_k: 4, groups: 8, type: "top_k" } as const;
