@@ -10,7 +10,7 @@ import { completeModel, Model, ModelText } from "./job/model.ts";
 import { completeParallel, Parallel, ParallelText } from "./job/parallel.ts";
 import { completeTrain, Train, TrainText } from "./job/train.ts";
 
-export { type GatedActivation, isGated, type PlainActivation, paddedVocab } from "./job/model.ts";
+export type { GatedActivation, PlainActivation } from "./activations.ts";
 
 const Code = z.string().regex(/^[A-Z]\d{3}$/, "a code such as C504");
 const Allowed = z.strictObject({
@@ -52,6 +52,3 @@ export function completeJob({ allow: _, ...text }: JobText): Job {
     cluster: completeCluster(text.cluster, parallel.world),
   };
 }
-
-/** Returns how many channels of a head are rotated, beginning with the first. */
-export const rotatedWidth = ({ head_dim, rope }: Pick<Job["model"], "head_dim" | "rope">): number => Math.floor(head_dim * rope.fraction);

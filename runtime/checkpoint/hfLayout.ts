@@ -2,8 +2,11 @@
  * Where the numbers of each parameter lie in Hugging Face checkpoints, declared once as blocks. Hugging Face keeps a linear layer as
  * [out, in], we keep [in, out].
  */
+
+import { isGated } from "../../schemas/activations.ts";
 import { evenBy, hasExperts } from "../../schemas/experts.ts";
-import { isGated, type Job, paddedVocab } from "../../schemas/job.ts";
+import type { Job } from "../../schemas/job.ts";
+import { paddedVocab } from "../../schemas/jobSizes.ts";
 import { depthsOf } from "../../schemas/mtp.ts";
 
 type Model = Job["model"];

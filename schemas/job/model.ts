@@ -1,5 +1,6 @@
 /** The section model: the transformer. */
 import { z } from "zod";
+import { gatedActivations, isGated, plainActivations } from "../activations.ts";
 import { completeMoe, Moe, MoeText } from "./moe.ts";
 import { count, factor, MOST_LAYERS, real } from "./numbers.ts";
 import { completeRope, Rope, RopeText } from "./rope.ts";
@@ -50,16 +51,6 @@ const Mtp = z.strictObject({
     .describe("number of further tokens that are predicted: one layer for each, whose input is the output of the one before"),
   coeff: factor.default(0.1).describe("weight of the mean of these losses, relative to the main loss (DeepSeek-V3: 0.3, then 0.1)"),
 });
-
-const gatedActivations = ["swiglu", "geglu", "quick_geglu"] as const;
-const plainActivations = ["gelu", "gelu_tanh", "squared_relu"] as const;
-/** An activation with a gate: f(gate) · up, of two products with the input. */
-export type GatedActivation = (typeof gatedActivations)[number];
-/** An activation of one product with the input. */
-export type PlainActivation = (typeof plainActivations)[number];
-/** Returns whether an activation has a gate, and the feed-forward part thus three matrices instead of two. */
-export const isGated = (activation: GatedActivation | PlainActivation): activation is GatedActivation =>
-  gatedActivations.some((name) => name === activation);
 
 /** model as written. */
 export const ModelText = z.strictObject({
@@ -123,10 +114,6 @@ export const Model = ModelText.required({ ffn: true, kv_heads: true, head_dim: t
   rope: Rope,
   moe: Moe.nullable(),
 });
-
-/** Returns the rows of the embedding and of the head: the ids of the tokenizer, rounded up to a multiple. */
-export const paddedVocab = ({ vocab, vocab_multiple }: Pick<z.output<typeof Model>, "vocab" | "vocab_multiple">): number =>
-  Math.ceil(vocab / vocab_multiple) * vocab_multiple;
 
 /** Fills in defaults that depend on other keys. hidden / heads may be fractional here; a rule reports that. */
 export function completeModel(model: z.output<typeof ModelText>): z.output<typeof Model> {

@@ -1,10 +1,6 @@
 /** Numbers that several sections of a job share. */
 import { z } from "zod";
-
-/** The largest finite float32. Kernels receive float32 attributes, and larger numbers would be infinite. */
-export const LARGEST = (2 - 2 ** -23) * 2 ** 127;
-/** The smallest float32 that no device flushes to zero. */
-export const SMALLEST = 2 ** -126;
+import { LARGEST } from "../float32.ts";
 
 /** The largest number of layers: a bound on the size of a plan, far above any model. */
 export const MOST_LAYERS = 4096;

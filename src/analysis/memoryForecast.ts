@@ -1,5 +1,6 @@
 /** The memory of a job in closed form, without compiling it: what searches and `init` sort out choices by. */
-import { type Job, paddedVocab } from "../../schemas/job.ts";
+import type { Job } from "../../schemas/job.ts";
+import { paddedVocab } from "../../schemas/jobSizes.ts";
 import { readLayout, runsInPairs } from "../passes/pipelineStages.ts";
 import { parameterCount, routedCount } from "./parameterCount.ts";
 

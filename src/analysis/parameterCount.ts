@@ -1,6 +1,8 @@
 /** The number of parameters of a model in closed form. */
+
+import { isGated } from "../../schemas/activations.ts";
 import { balancesOf, hasExperts } from "../../schemas/experts.ts";
-import { isGated, type Job } from "../../schemas/job.ts";
+import type { Job } from "../../schemas/job.ts";
 import { depthsOf } from "../../schemas/mtp.ts";
 
 type Model = Job["model"];

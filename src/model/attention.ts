@@ -1,5 +1,6 @@
 /** The attention block of one layer: projections, norms, rotary embedding, attention and output projection. */
-import { type Job, rotatedWidth } from "../../schemas/job.ts";
+import type { Job } from "../../schemas/job.ts";
+import { rotatedWidth } from "../../schemas/jobSizes.ts";
 import { attention } from "../ops/attention.ts";
 import { attentionDocuments, attentionDropoutDocuments } from "../ops/attentionDocuments.ts";
 import { attentionDropout } from "../ops/attentionDropout.ts";

@@ -6,7 +6,8 @@
  * Q all query heads, KV all key/value heads, C one head, O output of all heads. Latent attention: QL latent of queries, KL latent of
  * keys and values, KR KL with the rotary channels, KU keys and values of all heads.
  */
-import { type Job, paddedVocab } from "../../schemas/job.ts";
+import type { Job } from "../../schemas/job.ts";
+import { paddedVocab } from "../../schemas/jobSizes.ts";
 import type { HostInput, InputSource } from "../../schemas/plan.ts";
 import { inputName } from "../../schemas/program.ts";
 import { dropout, siteOf } from "../ops/dropout.ts";

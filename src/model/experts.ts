@@ -2,8 +2,9 @@
  * The mixture of experts of one layer: router → permute → grouped GEMMs → unpermute, plus the shared experts. Dispatch and combine are
  * collectives that `shard` inserts, and so are the regrids where the grid of the experts does not nest with that of the tokens.
  */
+
+import { isGated } from "../../schemas/activations.ts";
 import { type ExpertNodes, nodesOfDispatch, ranksOfToken } from "../../schemas/experts.ts";
-import { isGated } from "../../schemas/job.ts";
 import { groupMask, markWeights, packGroups, packRowGroups, packRows, permuteRows, rowChoices, unpermuteRows } from "../ops/dispatch.ts";
 import { gatedUnits } from "../ops/gatedUnits.ts";
 import { add, addBiasRows, cast, gemm, groupedGemm } from "../ops/gemm.ts";

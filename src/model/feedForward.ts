@@ -1,6 +1,7 @@
 /** The dense feed-forward block, with or without a gate, sharded along its inner width: of a layer, or the shared experts. */
 
-import { isGated, type Job } from "../../schemas/job.ts";
+import { isGated } from "../../schemas/activations.ts";
+import type { Job } from "../../schemas/job.ts";
 import { gatedUnits } from "../ops/gatedUnits.ts";
 import { addBias, gemm } from "../ops/gemm.ts";
 import type { Value } from "../ops/op.ts";

@@ -3,7 +3,8 @@
  * and of the residual stream. builder.ts lists the letters of dims.
  */
 import { evenBy, hasExperts } from "../../schemas/experts.ts";
-import { type Job, paddedVocab } from "../../schemas/job.ts";
+import type { Job } from "../../schemas/job.ts";
+import { paddedVocab } from "../../schemas/jobSizes.ts";
 import { hasTokenWeights } from "../../schemas/lossWeights.ts";
 import { add, gemm, gemmDgrad } from "../ops/gemm.ts";
 import type { Attrs, Value } from "../ops/op.ts";

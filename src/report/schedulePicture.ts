@@ -38,6 +38,7 @@ export function drawSchedule(orders: readonly (readonly BlockRun[])[], chunks: n
   const rows = stages.map((lanes, stage) => {
     const cells = Array.from({ length: units }, () => ".");
     for (const { run, start, end } of lanes) {
+      if (cut && start >= cut.from && end <= cut.to) continue;
       const tag = blockTag(run, chunks) + (run.paired ? "+" : "");
       for (let t = start; t < end; t++) cells[t] = t === start ? tag : "-".repeat(tag.length);
     }

@@ -1,5 +1,6 @@
 /** Rules M32, M33: RoPE scaling and latent attention. */
-import { type Job, rotatedWidth } from "../../schemas/job.ts";
+import type { Job } from "../../schemas/job.ts";
+import { rotatedWidth } from "../../schemas/jobSizes.ts";
 import { type JobPath, type Rule, rule } from "./rule.ts";
 
 type Scaling = NonNullable<Job["model"]["rope"]["scaling"]>;

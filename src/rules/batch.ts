@@ -1,6 +1,6 @@
 /** Rules B: batch, optimizer and data. trainingSchedule.ts has the rules of schedules. */
 
-import { SMALLEST } from "../../schemas/job/numbers.ts";
+import { SMALLEST } from "../../schemas/float32.ts";
 import { hasTokenWeights } from "../../schemas/lossWeights.ts";
 import { pipelineOf } from "../passes/pipelineStages.ts";
 import { stageRanks } from "./mesh.ts";

@@ -1,6 +1,7 @@
 /** The memory rule, the only rule that needs the memory of compiled programs. The caller supplies the peaks (all.ts), so that a job that needs none loads no compiler. */
 import { deviceOf, devices } from "../../schemas/devices.ts";
-import { type Job, paddedVocab } from "../../schemas/job.ts";
+import type { Job } from "../../schemas/job.ts";
+import { paddedVocab } from "../../schemas/jobSizes.ts";
 import { depthsOf } from "../../schemas/mtp.ts";
 import { type MemoryBreakdown, peakOfParts } from "../analysis/memoryBreakdown.ts";
 import { bytesText } from "../units.ts";

@@ -1,8 +1,9 @@
 /** Rules M: the shape of the model, and its sharding. */
 
 import { hasExperts } from "../../schemas/experts.ts";
-import { SMALLEST } from "../../schemas/job/numbers.ts";
-import { type Job, paddedVocab } from "../../schemas/job.ts";
+import { SMALLEST } from "../../schemas/float32.ts";
+import type { Job } from "../../schemas/job.ts";
+import { paddedVocab } from "../../schemas/jobSizes.ts";
 import { depthsOf } from "../../schemas/mtp.ts";
 import { latent, positions } from "./attention.ts";
 import { divisorsNear, downTo, type JobPath, type Rule, type RuleResult, rule } from "./rule.ts";

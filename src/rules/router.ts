@@ -1,7 +1,7 @@
 /** Rules E: router scores and selection. */
 
 import { evenBy } from "../../schemas/experts.ts";
-import { SMALLEST } from "../../schemas/job/numbers.ts";
+import { SMALLEST } from "../../schemas/float32.ts";
 import { divisorsNear, rule } from "./rule.ts";
 
 /** Rules of the router. */

@@ -1,6 +1,6 @@
 /** Sizes and numbers at the limits of a job: what `check` accepts compiles, and what it refuses names the limit. */
 import { expect, test } from "vitest";
-import { LARGEST } from "../../schemas/job/numbers.ts";
+import { LARGEST } from "../../schemas/float32.ts";
 import { jobSchema } from "../../schemas/jobSchema.ts";
 import { instructionsOf } from "../../schemas/program.ts";
 import { compile } from "../../src/compile.ts";

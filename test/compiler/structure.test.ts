@@ -202,7 +202,8 @@ test("no import cycle", () => {
   expect(cycles).toEqual([]);
 });
 
-test("a command line is parsed before the schemas and the YAML library are loaded, and before those know that they are interpreted", () => {
+/** Returns the modules that are loaded with these files: those of imports that are not types. */
+function loadedWith(...paths: readonly string[]): Set<string> {
   const isLoaded = (node: ts.Node): node is ts.ImportDeclaration =>
     ts.isImportDeclaration(node) &&
     node.importClause?.phaseModifier !== ts.SyntaxKind.TypeKeyword &&
@@ -220,9 +221,25 @@ test("a command line is parsed before the schemas and the YAML library are loade
       load(name.startsWith(".") ? join(dirname(path), name) : name);
     }
   };
-  load("src/cli/main.ts");
+  for (const path of paths) load(path);
+  return loaded;
+}
+
+test("a command line is parsed before the schemas and the YAML library are loaded, and before those know that they are interpreted", () => {
+  const loaded = loadedWith("src/cli/main.ts");
   expect([...loaded].filter((path) => files.has(path)).length).toBeGreaterThan(30);
   expect([...loaded].filter((path) => !files.has(path) && !path.startsWith("node:")).sort()).toEqual(["commander", "leven"]);
+});
+
+test("a plan is read and reported without the schemas of jobs and plans, which take 15 ms to load", () => {
+  const commands = [
+    "src/plan/read.ts",
+    "src/report/inspect.ts",
+    "src/report/overview.ts",
+    "src/cli/knownEstimate.ts",
+    "src/rules/jobRules.ts",
+  ];
+  expect(loadedWith(...commands)).not.toContain("zod");
 });
 
 /** The watchdog thread kills a process whose main thread is blocked in NCCL or CUDA. Signal 0 tests whether the owner of a lock still runs. */
