@@ -1,5 +1,6 @@
 /** The choices of a search: how a model is spread over ranks, and what of the batch and of recomputation goes with it. */
 
+import { nodesOfExperts } from "../../schemas/experts.ts";
 import { type AutoKey, autoNames } from "../../schemas/job/autoKeys.ts";
 import { completeParallel } from "../../schemas/job/parallel.ts";
 import type { Job } from "../../schemas/job.ts";
@@ -9,7 +10,7 @@ import { evenLayout } from "../analysis/evenLayout.ts";
 /** Keys beside the mesh that a search decides, with what it tries; a job may not leave them as `auto`. */
 export const sideChoices = {
   /** How rows reach the ranks of their experts. */
-  dispatch: ["all_to_all", "once"],
+  dispatch: ["all_to_all", "once", "once_per_node"],
   /** What runs beside exchanges of rows. */
   expert_overlap: ["none", "shared", "interleave"],
   /** The order of microbatches on a stage. */
@@ -90,21 +91,30 @@ export function* choicesOf(job: Job, fixed: FixedKeys): Generator<JobChoice> {
           for (const [expert, expert_tensor] of expertChoices(job, stage, tensor, only))
             for (const micro_batch of only("micro_batch", powers(MOST.microBatch)))
               if (train.global_batch % (micro_batch * data) === 0)
-                for (const sides of exchangesOf(job, fixed, expert, train.global_batch / (micro_batch * data)))
+                for (const sides of exchangesOf(job, fixed, { tensor, context, pipeline, expert, expert_tensor, micro_batch, data }))
                   for (const recompute of recomputes)
                     yield { ...{ tensor, pipeline, virtual_pipeline, context, expert, expert_tensor, micro_batch, recompute }, ...sides };
       }
 }
 
-/** Lists how rows may be exchanged between so many ranks, and beside what, with so many microbatches in a step; everything else is as given or as in the job. */
-function exchangesOf({ model, parallel }: Job, fixed: FixedKeys, expert: number, microbatches: number): SideValues[] {
+/** The degrees of a choice, as far as exchanges of rows depend on them. */
+type ExchangeDegrees = Pick<JobChoice, "tensor" | "context" | "pipeline" | "expert" | "expert_tensor" | "micro_batch"> & {
+  readonly data: number;
+};
+
+/** Lists how rows may be exchanged, and beside what; everything else is as given or as in the job. */
+function exchangesOf({ model, parallel, train }: Job, fixed: FixedKeys, degrees: ExchangeDegrees): SideValues[] {
+  const { expert, micro_batch, data } = degrees;
   const given = { ...asInJob, ...fixed };
   if (!model.moe || expert === 1 || model.moe.dispatch === "all_gather") {
     // nothing can run beside an exchange that there is not
     const isNone = parallel.expert_overlap === "none" || fixed.expert_overlap !== undefined;
     return [sidesOf({ ...given, ...(!isNone && { expert_overlap: "none" }) })];
   }
-  const dispatches = others("dispatch", model.moe.dispatch, fixed);
+  const dispatches = others("dispatch", model.moe.dispatch, fixed).filter(
+    (value) => fixed.dispatch !== undefined || value !== "once_per_node",
+  );
+  const microbatches = train.global_batch / (micro_batch * data);
   const overlaps = others("expert_overlap", parallel.expert_overlap, fixed).filter(
     (value) => fixed.expert_overlap !== undefined || value === "job" || (value === "interleave" && microbatches > 1),
   );
@@ -134,11 +144,17 @@ interface SideValue {
 }
 
 /** Returns the values of the keys that `choicesOf` does not vary, and those of `choice` not among them, in the order in which they are worth trying. */
-export function variantsOf({ model, parallel }: Job, choice: JobChoice, fixed: FixedKeys): SideValue[] {
+export function variantsOf({ model, parallel, cluster }: Job, choice: JobChoice, fixed: FixedKeys): SideValue[] {
   const hasExchange = model.moe && choice.expert > 1 && model.moe.dispatch !== "all_gather";
+  const { tensor, context, pipeline, expert, expert_tensor } = choice;
+  const degrees = { tensor, context, pipeline, expert, expert_tensor };
+  const placed = hasExchange ? nodesOfExperts({ parallel: { ...parallel, ...degrees }, cluster }) : undefined;
+  // once to each node, where the ranks of a group are on several
+  const perNode = placed && placed.nodes > 1 && placed.perNode > 1 ? others("dispatch", model.moe?.dispatch ?? "", fixed) : [];
   const valuesOf = (key: "gradient_bucket" | "schedule" | "expert_overlap"): SideValue[] =>
     others(key, parallel[key], fixed).flatMap((value) => (value === choice[key] ? [] : [{ key, value }]));
   return [
+    ...perNode.flatMap((value) => (value === "once_per_node" && choice.dispatch !== value ? [{ key: "dispatch" as const, value }] : [])),
     ...valuesOf("gradient_bucket"),
     ...(hasExchange ? valuesOf("expert_overlap") : []),
     ...(choice.pipeline > 1 ? valuesOf("schedule") : []),

@@ -29,13 +29,23 @@ export interface ForecastBase {
   readonly shared: number;
   readonly flops: number;
   readonly assumed: Assumptions;
+  /** Forecast bytes by the keys that they depend on. */
+  readonly bytes: Map<string, number>;
 }
 
 /** Returns what the forecasts of a job share. */
 export function forecastBase(job: Job, profile: DeviceProfile, assumed: Assumptions = {}): ForecastBase {
   const { model } = job;
   const routed = routedCount(model);
-  return { job, profile, assumed, routed, shared: parameterCount(model) - routed, flops: modelFlops(model) * job.train.global_batch };
+  return {
+    job,
+    profile,
+    assumed,
+    routed,
+    shared: parameterCount(model) - routed,
+    flops: modelFlops(model) * job.train.global_batch,
+    bytes: new Map(),
+  };
 }
 
 /** Share of the peak that large products reach, and the rows at which a product reaches half of that. */
@@ -55,10 +65,13 @@ export function nodesOf({ job }: ForecastBase, { tensor, context, expert, expert
 }
 
 /** Forecasts a choice. */
-export const forecast = (base: ForecastBase, choice: JobChoice): Forecast => ({
-  seconds: forecastSeconds(base, choice),
-  bytes: memoryForecast(jobWith(base.job, choice)),
-});
+export function forecast(base: ForecastBase, choice: JobChoice): Forecast {
+  const { dispatch: _, gradient_bucket: __, ...held } = choice;
+  const key = Object.values(held).join();
+  const bytes = base.bytes.get(key) ?? memoryForecast(jobWith(base.job, choice));
+  base.bytes.set(key, bytes);
+  return { seconds: forecastSeconds(base, choice), bytes };
+}
 
 /** Returns whether exchanges of rows run beside the kernels of another microbatch. */
 const isInterleaved = ({ parallel }: Job, { expert_overlap: own, expert }: JobChoice): boolean =>

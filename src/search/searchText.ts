@@ -35,7 +35,8 @@ function tableOf(choices: readonly TooLarge[], rowsOf: readonly (readonly string
 /** Returns the keys beside the mesh that a choice has otherwise than the job. */
 function sidesText({ dispatch, expert_overlap, schedule, gradient_bucket, rows_bound }: JobChoice): string {
   const named = { dispatch, overlap: expert_overlap, schedule, bucket: gradient_bucket, rows: rows_bound };
-  const isClear = (value: string): boolean => ["once", "all_to_all", "interleave", "shared", "zero_bubble", "1f1b"].includes(value);
+  const isClear = (value: string): boolean =>
+    ["once", "once_per_node", "all_to_all", "interleave", "shared", "zero_bubble", "1f1b"].includes(value);
   return Object.entries(named)
     .filter(([, value]) => value !== "job")
     .map(([name, value]) => (isClear(`${value}`) ? `${value}` : `${name} ${value}`))

@@ -6,7 +6,7 @@ import type { Plan } from "../../schemas/plan.ts";
 import { type Estimate, type EstimateOptions, estimate } from "../../src/analysis/estimate/estimate.ts";
 import { packageProfile } from "../../src/analysis/estimate/profiles.ts";
 import type { Assumptions } from "../../src/analysis/estimate/timedBlocks.ts";
-import { loadDeviceTargets } from "../../src/codegen/targets.ts";
+import { loadDeviceTargets, type Target } from "../../src/codegen/targets.ts";
 import { compile } from "../../src/compile.ts";
 import { readJob } from "../../src/frontend/readJobNow.ts";
 
@@ -51,6 +51,12 @@ function jobText(row: PublishedRow): string {
   });
 }
 
+/** Returns the target of the plans of other software. Its fusions are those with which the constants of the stacks were fitted: later ones are rankc's alone. */
+export const stackTarget = async ({ cluster }: Pick<Job, "cluster">): Promise<Target> => ({
+  ...(await loadDeviceTargets())(cluster.device),
+  fuses: ["statistics", "sums", "activations"],
+});
+
 const plans = new Map<string, Plan>();
 
 /** Returns the job of a row. Throws with the findings of a job that rankc refuses. */
@@ -66,9 +72,7 @@ export async function planOfRow(row: PublishedRow): Promise<Plan> {
   const known = plans.get(key);
   if (known) return known;
   const job = jobOfRow(row);
-  // those with which the constants of the stacks were fitted: later fusions of rankc are not those of other software
-  const target = { ...(await loadDeviceTargets())(job.cluster.device), fuses: ["statistics", "sums", "activations"] as const };
-  const { plan } = compile(job, { target });
+  const { plan } = compile(job, { target: await stackTarget(job) });
   plans.set(key, plan);
   return plan;
 }

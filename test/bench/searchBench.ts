@@ -8,7 +8,7 @@ import { loadDeviceTargets } from "../../src/codegen/targets.ts";
 import { asInJob, type JobChoice, sideKeys } from "../../src/search/choice.ts";
 import { alternativesOf, search } from "../../src/search/search.ts";
 import { secondsText } from "../../src/units.ts";
-import { jobOfRow, readTable, stackOfRow } from "./estimateRows.ts";
+import { jobOfRow, readTable, stackOfRow, stackTarget } from "./estimateRows.ts";
 
 const published = ["V115", "V091", "V027", "V116", "V013"];
 const isOfStack = process.argv.includes("--stack");
@@ -33,7 +33,7 @@ for (const id of ids) {
   const { profile, assumed } = isOfStack ? stackOfRow(row) : { profile: own, assumed: {} };
   if (!profile) throw new Error(`${written.cluster.device} has no profile`);
   const began = process.cpuUsage();
-  const target = targetOf(written.cluster.device);
+  const target = isOfStack ? await stackTarget(written) : targetOf(written.cluster.device);
   // other software decides by itself how rows are sent and what runs beside them: `assumed` says so
   const fixed = isOfStack ? asInJob : {};
   const result = search(written, {
