@@ -305,7 +305,7 @@ emulated(`f32 arithmetic${note}`, () => {
         shapes.flatMap(([name, op, sizes]) =>
           adding(op).map((adds) => {
             const c = caseOf(`${name}_${edge}${adds ? "_adds" : ""}`, op, sizes, "f32", adds);
-            return { ...c, made: simt(c.use, productOf(c.use), productOf(c.use).depth, edge) };
+            return { ...c, made: simt(c.use, productOf(c.use), { part: productOf(c.use).depth, edge }) };
           }),
         ),
       ),
@@ -320,7 +320,7 @@ emulated(`TF32${note}`, () => {
         rounded.flatMap(([name, op, sizes]) =>
           adding(op).map((adds) => {
             const c = caseOf(`${name}_tf32_${edge}${adds ? "_adds" : ""}`, op, sizes, "f32", adds);
-            return { ...c, made: simt(c.use, productOf(c.use), productOf(c.use).depth, edge) };
+            return { ...c, made: simt(c.use, productOf(c.use), { part: productOf(c.use).depth, edge }) };
           }),
         ),
       ),
@@ -346,7 +346,7 @@ emulated(`f32 arithmetic in parts of the depth${note}`, () => {
         .filter(({ adds }) => isFull || adds)
         .map(({ name, op, sizes, adds }) => {
           const c = caseOf(name, op as OpName, sizes, "f32", adds);
-          return { ...c, made: simt(c.use, productOf(c.use), 64) };
+          return { ...c, made: simt(c.use, productOf(c.use), { part: 64 }) };
         }),
     ));
   test("products with few tiles for their depth are made in parts, others are not", () => {

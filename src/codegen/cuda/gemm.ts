@@ -12,16 +12,19 @@ function multiply(spec: KernelSpec, arch: Arch): GeneratedKernel {
   const product = productOf(spec);
   const { epilogue, twin } = product;
   const inHopper = hopperOf(product, arch);
-  const plain = (own: KernelSpec, p: MatrixProduct): GeneratedKernel => hopperOf(p, arch)?.(own) ?? inTiles(own, p);
+  const tiled = inTiles(arch);
+  const plain = (own: KernelSpec, p: MatrixProduct): GeneratedKernel => hopperOf(p, arch)?.(own) ?? tiled(own, p);
   if (twin && (!inHopper || twin.n !== product.n)) return separately(spec, { ...product, twin }, plain);
   if (inHopper) return inHopper(spec);
   // a tensor map cannot have the product in scratch
-  return epilogue ? applyAfter(spec, { ...product, epilogue }, arch, inTiles) : inTiles(spec, product);
+  return epilogue ? applyAfter(spec, { ...product, epilogue }, arch, tiled) : tiled(spec, product);
 }
-/** Returns a kernel with one thread block per tile. */
-function inTiles(spec: KernelSpec, p: MatrixProduct): GeneratedKernel {
-  const half = halfOf(p);
-  return half ? mma(spec, p, half) : simt(spec, p);
+/** Returns the maker of kernels with one thread block per tile. */
+function inTiles(arch: Arch): (spec: KernelSpec, p: MatrixProduct) => GeneratedKernel {
+  return (spec, p) => {
+    const half = halfOf(p);
+    return half ? mma(spec, p, half) : simt(spec, p, { arch });
+  };
 }
 /** Returns the maker of Hopper's kernel of a product; undefined if this architecture or this product has none. */
 function hopperOf(p: MatrixProduct, arch: Arch): ((spec: KernelSpec) => GeneratedKernel) | undefined {

@@ -1,6 +1,6 @@
 /** Products with one thread block per tile of c, on all architectures: 16-bit floats on tensor cores since sm_80, and f32 arithmetic. */
 
-import { cudaArchs } from "../../../schemas/devices.ts";
+import { type Arch, cudaArchs } from "../../../schemas/devices.ts";
 import { bytesOf, cudaType, type Float16, float16Types } from "../../../schemas/dtypes.ts";
 import { render } from "../../../templates/bindings.ts";
 import { type GeneratedKernel, type KernelSpec, operandOf } from "../kernelSpec.ts";
@@ -107,13 +107,22 @@ function partOf(p: MatrixProduct): number {
   return partsOf(counts.reduce((best, count) => (seconds(count) < 0.95 * seconds(best) ? count : best)));
 }
 
+/** How a product is divided. */
+interface BlockOptions {
+  readonly edge: Edge;
+  readonly arch: Arch;
+  /** The depth of a thread block, if it is below that of the product. */
+  readonly part?: number;
+}
+/** Options of `simt`; default: chosen by the sizes, for sm_90a. */
+type SimtOptions = Partial<BlockOptions>;
 interface Block {
   readonly body: string;
   readonly threads: number;
   readonly shared: number;
 }
 /** Returns a kernel that reads operands of any float types through registers. */
-function fetched(spec: KernelSpec, p: MatrixProduct, edge: Edge, part?: number): Block {
+function fetched(spec: KernelSpec, p: MatrixProduct, { edge, part }: BlockOptions): Block {
   const each = edge === 128 ? 8 : 4;
   const vector = (operand: "a" | "b") => (areMultiples(p, operand, 4) ? 4 : 1);
   const body = render("cuda/gemm_f32.cu", {
@@ -132,33 +141,37 @@ function fetched(spec: KernelSpec, p: MatrixProduct, edge: Edge, part?: number):
 }
 
 /** Returns a kernel for f32 operands in tiles of 128 x 128 with asynchronous copies. Operands rounded to TF32 are multiplied by tensor cores. */
-function pipelined(spec: KernelSpec, p: MatrixProduct, edge: Edge, part?: number): Block {
+function pipelined(spec: KernelSpec, p: MatrixProduct, { edge, part, arch }: BlockOptions): Block {
   const tf32 = p.tf32 === true;
   // two operands that change their order fill a longer step too slowly
-  const [stages, step] = !tf32 && p.a.depthFirst && p.b.depthFirst ? [4, 8] : [3, 16];
+  const step = !tf32 && p.a.depthFirst && p.b.depthFirst ? 8 : 16;
   const pitch = edge + (tf32 ? 8 : 4);
   // sums of fused multiply-adds read shared memory with depth as the outer dim; tensor cores read both orders
+  const isInner = (operand: "a" | "b") => p[operand].depthFirst && tf32;
   const keepsOrder = (operand: "a" | "b") => tf32 || !p[operand].depthFirst;
   const unit = (operand: "a" | "b") => (keepsOrder(operand) && areMultiples(p, operand, 4) ? 4 : 1);
-  const floatsOf = (operand: "a" | "b") => (tf32 && p[operand].depthFirst ? edge * (step + 4) : step * pitch);
+  const floatsOf = (operand: "a" | "b") => (isInner(operand) ? edge * (step + 4) : step * pitch);
+  const stageBytes = (floatsOf("a") + floatsOf("b")) * bytesOf.f32;
+  // a multiprocessor has two blocks; of each it takes 1 KB
+  const stages = Math.min(step === 8 ? 4 : 3, Math.floor(((cudaArchs[arch].sharedPerMultiprocessor / 2 - 1) * 1024) / stageBytes));
   const body = render("cuda/gemm_f32_pipelined.cu", {
     ...{ name: spec.name, ragged: p.ragged !== undefined, offsets: p.offsets, stages, pitch, tf32 },
     ...{ unitA: unit("a"), unitB: unit("b"), tiles: tilesText(p, edge, step, part) },
     more: moreOperands(addendsOf(p, step).addends),
   });
-  return { body, threads: 128, shared: stages * (floatsOf("a") + floatsOf("b")) * bytesOf.f32 };
+  return { body, threads: 128, shared: stages * stageBytes };
 }
 
 /** Returns the kernel of a product with operands of any float types. If `part` is below the depth, sums go to scratch and a second launch adds them in order. */
-export function simt(
-  spec: KernelSpec,
-  p: MatrixProduct,
-  part: number = partOf(p),
-  edge: Edge = part < p.depth ? 128 : edgeOf(p, [128, 64, 32]),
-): GeneratedKernel {
+export function simt(spec: KernelSpec, p: MatrixProduct, options: SimtOptions = {}): GeneratedKernel {
+  const { part = partOf(p), arch = "sm_90a" } = options;
+  const edge = options.edge ?? (part < p.depth ? 128 : edgeOf(p, [128, 64, 32]));
   const parts = Math.max(1, Math.ceil(p.depth / part));
   const sums = parts > 1 ? { ...p, adds: false, c: { ...p.c, dtype: "f32" as const } } : p;
-  const { body, threads, shared } = (edge === 128 && isPipelined(p) ? pipelined : fetched)(spec, sums, edge, parts > 1 ? part : undefined);
+  const { body, threads, shared } = (edge === 128 && isPipelined(p) ? pipelined : fetched)(spec, sums, {
+    ...{ edge, arch },
+    ...(parts > 1 && { part }),
+  });
   if (parts === 1) return launched(spec, p, edge, { threads, shared }, body);
   const to = operandOf(spec, p.c.name);
   const size = p.m * p.n;
