@@ -11,7 +11,7 @@ import type { Compiled } from "../compile.ts";
 import type { AutoChoice, ChooseAuto } from "../frontend/auto.ts";
 import type { Finding } from "../frontend/diagnostic.ts";
 import type { JobOptions } from "./options.ts";
-import { debugLevel, hasColor, printStderr, printStyled } from "./output.ts";
+import { debugLevel, hasColor, narrowTerminal, printStderr, printStyled } from "./output.ts";
 
 /** A plan with access to the kernel files that belong to it. */
 export interface LoadedPlan {
@@ -221,5 +221,5 @@ const isDirectory = (path: string): boolean => existsSync(path) && statSync(path
 export async function printFindings(findings: readonly Finding[]): Promise<void> {
   if (findings.length === 0) return;
   const { renderFindings } = await import("../frontend/diagnostic.ts");
-  printStyled(renderFindings(findings, { color: hasColor() }));
+  printStyled(renderFindings(findings, { color: hasColor(), width: narrowTerminal() }));
 }

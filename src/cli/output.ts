@@ -21,6 +21,12 @@ export function reportWidth(): number {
   return Math.max(72, Math.min(columns, 240));
 }
 
+/** Returns the columns of a narrow terminal that shows stderr; undefined for others. */
+export function narrowTerminal(): number | undefined {
+  const { isTTY, columns } = process.stderr;
+  return isTTY && columns < 100 ? Math.max(60, columns) : undefined;
+}
+
 /** Prints a value to stdout as indented JSON. */
 export const printJson = (value: unknown): void => printStdout(JSON.stringify(value, null, 2).replace(unprintable, jsonEscape));
 

@@ -51,7 +51,15 @@ export const setText = (set: Changes): string =>
     .map(([path, value]) => `${path}: ${Array.isArray(value) ? `[${value.join(", ")}]` : String(value)}`)
     .join(", ");
 
-const WIDTH = 100;
+/** The columns of findings where no narrower terminal shows them. */
+export const WIDTH = 100;
+
+/** How findings are shown. */
+export interface Look {
+  readonly color: boolean;
+  /** The most columns of a line. Default: `WIDTH`. */
+  readonly width?: number | undefined;
+}
 /** The maximum number of printed findings; the others are counted. */
 export const SHOWN = 50;
 
@@ -79,42 +87,52 @@ function byLine(findings: readonly Finding[]): Finding[] {
 }
 
 /** Formats the first findings in the style of rustc, the number of omitted ones by code, and the total. */
-export function renderFindings(all: readonly Finding[], { color }: { readonly color: boolean }): string {
+export function renderFindings(all: readonly Finding[], look: Look): string {
   if (!all.length) return "";
   const { findings, more } = shown(all);
   const left = Object.entries(more).map(([code, n]) => `${n} x ${code}`);
   const others = left.length ? `… and ${all.length - findings.length} more: ${left.join(", ")}\n\n` : "";
-  return `${findings.map((f) => renderFinding(f, { color })).join("\n\n")}\n\n${others}${countByLevel(all)}\n`;
+  return `${findings.map((f) => renderFinding(f, look)).join("\n\n")}\n\n${others}${countByLevel(all)}\n`;
 }
 
 /** Formats a finding: its title, its places with their lines, and notes. */
-export function renderFinding(f: Finding, { color }: { readonly color: boolean }): string {
+export function renderFinding(f: Finding, { color, width = WIDTH }: Look): string {
   const paint = pc.createColors(color);
   const head = f.level === "error" ? paint.red : paint.yellow;
   const places = [...(f.at ? [f.at] : []), ...(f.related ?? [])];
   const gutter = Math.max(1, ...places.map((at) => ("set" in at ? 1 : String(at.line).length)));
   const pad = " ".repeat(gutter);
   const frame = (at: Related, i: number): string[] => {
-    const label = at.label === undefined ? "" : `  ${paint.cyan(printable(at.label))}`;
     if ("set" in at) return [`${pad}${paint.cyan(i ? ":::" : "-->")} --set ${printable(at.set)}`];
-    const { text, from, to } = window(at);
+    const { text, from, to } = window(at, width < WIDTH ? width - gutter - 5 : WIDTH);
     const bar = paint.cyan("|");
+    const label = printable(at.label ?? "");
+    // a label that does not fit behind the marks is below them, flush right
+    const isBelow = width < WIDTH && gutter + 5 + to + label.length > width;
+    const shown = label === "" || isBelow ? "" : `  ${paint.cyan(label)}`;
+    const below = wrap(label, width - gutter - 3).map(
+      (l) => `${pad} ${bar} ${" ".repeat(Math.max(0, Math.min(from, width - gutter - 3 - l.length)))}${paint.cyan(l)}`,
+    );
     return [
       `${pad}${paint.cyan(i ? ":::" : "-->")} ${escaped(at.file)}:${at.line}:${at.col}`,
       `${pad} ${bar}`,
       `${paint.cyan(String(at.line).padStart(gutter))} ${bar} ${text}`,
-      `${pad} ${bar} ${" ".repeat(from)}${(i ? paint.cyan : head)((i ? "-" : "^").repeat(to - from))}${label}`,
+      `${pad} ${bar} ${" ".repeat(from)}${(i ? paint.cyan : head)((i ? "-" : "^").repeat(to - from))}${shown}`,
+      ...(isBelow ? below : []),
     ];
   };
   const note = (word: string, text: string) => {
-    const [first = "", ...rest] = wrap(printable(text), WIDTH - gutter - 10);
+    const [first = "", ...rest] = wrap(printable(text), width - gutter - 10);
     return [
       `${pad} ${paint.cyan("=")} ${paint.bold(`${word}:`)}${" ".repeat(6 - word.length)}${first}`,
       ...rest.map((l) => `${pad}   ${" ".repeat(7)}${l}`),
     ];
   };
+  const code = `${f.level}[${f.code}]`;
+  const [title = "", ...titles] = wrap(f.title, width - code.length - 2);
   return [
-    `${head(paint.bold(`${f.level}[${f.code}]`))}${paint.bold(`: ${f.title}`)}`,
+    `${head(paint.bold(code))}${paint.bold(`: ${title}`)}`,
+    ...titles.map((more) => paint.bold(`  ${more}`)),
     ...places.flatMap(frame),
     ...note("found", f.found),
     ...note("why", f.why),
@@ -133,12 +151,12 @@ function countByLevel(findings: readonly Finding[]): string {
 /** Replaces control characters, and keeps the columns that carets point at. */
 const printable = (text: string): string => text.replace(unprintable, (c) => (c === "\t" ? " " : "\ufffd"));
 
-/** Returns the part of a long line around the caret. */
-function window({ lineText, col, endCol }: SourceLocation): { text: string; from: number; to: number } {
-  const start = col - 1 > WIDTH - 20 ? col - 1 - 30 : 0;
-  const cut = lineText.slice(start, start + WIDTH);
+/** Returns the part of a line around the caret that has about `room` columns. */
+function window({ lineText, col, endCol }: SourceLocation, room: number): { text: string; from: number; to: number } {
+  const start = col - 1 > room - 20 ? col - 1 - 30 : 0;
+  const cut = lineText.slice(start, start + room);
   const lead = start ? "…" : "";
-  const text = printable(lead + cut) + (start + WIDTH < lineText.length ? "…" : "");
+  const text = printable(lead + cut) + (start + room < lineText.length ? "…" : "");
   const from = col - 1 - start + lead.length;
   return { text, from, to: Math.max(from + 1, Math.min(endCol - 1 - start + lead.length, text.length)) };
 }

@@ -2,7 +2,7 @@
 import leven from "leven";
 import { Trouble } from "../../schemas/trouble.ts";
 import { render } from "../../templates/bindings.ts";
-import { renderFindings, wrap } from "./diagnostic.ts";
+import { renderFindings, WIDTH, wrap } from "./diagnostic.ts";
 import { codes, type Explanation, explain } from "./explain.ts";
 
 /** Returns the explanation of a code. Throws a Trouble if the code does not exist. */
@@ -17,6 +17,9 @@ export function explained(code: string): Explanation {
   );
 }
 
+/** The columns before the text of a finding (templates/text/explain.hbs). */
+const INDENT = 4;
+
 /** Formats an explanation; its text has at most `width` columns. */
 export function printExplanation({ code, level, title, why, bad, finding, corrected = "" }: Explanation, width = 100): string {
   const lines = (text: string): string[] => text.trimEnd().split("\n");
@@ -27,7 +30,7 @@ export function printExplanation({ code, level, title, why, bad, finding, correc
       title,
       why: wrap(why, width).join("\n"),
       example: lines(bad),
-      finding: lines(renderFindings([finding], { color: false })),
+      finding: lines(renderFindings([finding], { color: false, width: Math.min(WIDTH, width - INDENT) })),
     },
     corrected: corrected === "" ? [] : lines(corrected),
   });

@@ -3,6 +3,7 @@ import { readFileSync } from "node:fs";
 import { join } from "node:path";
 import { Ajv } from "ajv";
 import { expect, test } from "vitest";
+import { renderFinding } from "../../src/frontend/diagnostic.ts";
 import { badJob } from "../../src/frontend/explain.ts";
 import { findingJson } from "../../src/frontend/findingJson.ts";
 import { readJob } from "../../src/frontend/readJobNow.ts";
@@ -106,6 +107,22 @@ test("JSON has places with their ends, and a fix as an edit of the text", () => 
     }
   `);
   expect(p104?.rendered).toContain("error[P104]");
+});
+
+test("findings fit a narrow terminal: every rule's finding has lines of at most its columns, and the words that it has at 100", () => {
+  // numbers of lines and marks differ where a long line of the job is cut
+  const notes = (rendered: string): string => rendered.slice(rendered.indexOf(" = ")).replaceAll(/\s+/g, " ");
+  const all = rules.flatMap((rule) => readJob(badJob(rule.bad), "job.yaml").findings);
+  expect(all.length).toBeGreaterThan(80);
+  for (const finding of all) {
+    const wide = renderFinding(finding, { color: false });
+    for (const width of [60, 80]) {
+      const narrow = renderFinding(finding, { color: false, width });
+      for (const line of narrow.split("\n")) expect([...line].length <= width || !line.trim().includes(" "), line).toBe(true);
+      expect(notes(narrow)).toBe(notes(wide));
+      for (const { label } of finding.related ?? []) expect(narrow.replaceAll(/[\s|]+/g, " ")).toContain(label ?? "");
+    }
+  }
 });
 
 test("an edit applied to the lines of the file removes the finding", () => {
