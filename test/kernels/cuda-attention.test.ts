@@ -50,6 +50,8 @@ const shapes: readonly Shape[] = [
   { B: 1, S: 129, U: 129, G: 3, M: 1, C: 96, start: 0, arch: "sm_90a", type: "bf16" },
   { B: 1, S: 66, U: 66, G: 1, M: 2, C: 112, start: 0, arch: "sm_100a", type: "bf16" },
   { B: 1, S: 193, U: 193, G: 2, M: 1, C: 64, start: 0, arch: "sm_90a", type: "bf16" },
+  // heads of 64 have wider blocks of keys in long sequences
+  { B: 1, S: 70, U: 2100, G: 1, M: 1, C: 64, start: 2030, arch: "sm_90a", type: "bf16" },
   // so many heads that a head's keys are taken in waves: from the last to the first, and alternating
   { B: 15, S: 2, U: 300, G: 4, M: 1, C: 16, start: 298, arch: "sm_80", type: "bf16" },
   { B: 15, S: 2, U: 300, G: 4, M: 1, C: 16, start: 298, arch: "sm_90a", type: "bf16" },

@@ -20,7 +20,7 @@ const SHARED = cudaArchs.sm_90a.sharedPerBlock * 1024;
 
 /**
  * Returns the forward kernel, or nothing if the sizes do not fit. Per thread, scores take 64 registers, weights 32 and outputs W/2. Up to W = 64 three
- * warpgroups of queries fit (160 registers each; at W = 64 with blocks of 112 keys), otherwise two (240 registers; beyond W = 128 with blocks of 80
+ * warpgroups of queries fit (160 registers each; at W = 64 with blocks of 96 or 112 keys), otherwise two (240 registers; beyond W = 128 with blocks of 80
  * keys). More rows reuse each block of keys more often. In zigzag order the blocks of keys must divide the zigzag blocks.
  */
 export function forwardHopper(spec: KernelSpec, d: AttentionSizes, half: Float16): GeneratedKernel | undefined {
@@ -73,6 +73,9 @@ interface ForwardTiling {
   readonly shared: number;
 }
 
+/** The longest sequences whose heads of 64 are faster with blocks of 96 keys: fewer scores beyond the causal mask (measured with 1024). */
+const SHORT = 2048;
+
 /** Returns the tiling of the forward kernel, or nothing if its tiles do not fit in shared memory. */
 function forwardTiling(d: AttentionSizes, boxes: number, valueBoxes: number): ForwardTiling | undefined {
   const { U, W, chunk, drops } = d;
@@ -80,9 +83,9 @@ function forwardTiling(d: AttentionSizes, boxes: number, valueBoxes: number): Fo
   const groupsOf = (keys: number) => (!drops && (W < 64 || (W === 64 && keys < 128)) ? 3 : 2);
   const sharedOf = (keys: number, stages: number) =>
     128 * (64 * boxes * groupsOf(keys) * stages + 2 * (boxes + valueBoxes) * keys) + 64 + 16 * stages + (drops ? 4 : 0);
-  const keys = (isReordered(d, U) ? [128, 64].filter((n) => chunk % n === 0) : [W === 64 && !drops ? 112 : 128, 80]).find(
-    (n) => sharedOf(n, 1) <= SHARED && (W <= 128 || n <= 80),
-  );
+  const keys = (
+    isReordered(d, U) ? [128, 64].filter((n) => chunk % n === 0) : [W === 64 && !drops ? (U <= SHORT ? 96 : 112) : 128, 80]
+  ).find((n) => sharedOf(n, 1) <= SHARED && (W <= 128 || n <= 80));
   if (keys === undefined) return undefined;
   const queryStages = sharedOf(keys, 2) <= SHARED ? 2 : 1;
   return { keys, groups: groupsOf(keys), queryStages, shared: sharedOf(keys, queryStages) };
