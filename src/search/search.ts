@@ -9,7 +9,17 @@ import type { Assumptions } from "../analysis/estimate/timedBlocks.ts";
 import type { GeneratedKernel } from "../codegen/kernelSpec.ts";
 import { cpu, type Target } from "../codegen/targets.ts";
 import { peakOf } from "../rules/all.ts";
-import { choicesOf, type FixedKeys, type JobChoice, jobWith, type KeptKeys, searchedKeys, variantsOf, withLowerBound } from "./choice.ts";
+import {
+  choicesOf,
+  type FixedKeys,
+  type JobChoice,
+  jobWith,
+  type KeptKeys,
+  searchedKeys,
+  sideKeys,
+  variantsOf,
+  withLowerBound,
+} from "./choice.ts";
 import { estimateJob, type JobEstimateOptions } from "./estimateJob.ts";
 import { type Forecast, type ForecastBase, forecast, forecastBase } from "./forecast.ts";
 import { type ChangeStep, choiceOfJob, stepsFrom } from "./fromWritten.ts";
@@ -126,7 +136,8 @@ export function search(
   const order = fitting.length > 0 ? fitting.sort((a, b) => a.seconds - b.seconds) : all.sort((a, b) => a.bytes - b.bytes);
   // the job as written is judged first, so that nothing slower is called the best
   const first = written && matching(order, choiceOfJob(written));
-  const variants = Math.min(VARIANTS, Math.floor(plans / 3));
+  const isOpen = sideKeys.some((key) => fixed[key] === undefined);
+  const variants = isOpen ? Math.min(VARIANTS, Math.floor(plans / 3)) : 0;
   for (const one of first ? [first, ...order.filter((o) => o !== first)] : order) {
     const { choice, seconds, bytes } = one;
     if (judged.length >= plans - variants || tooLarge.length >= MOST_TOO_LARGE || isDone(judged, ratios, seconds)) break;
