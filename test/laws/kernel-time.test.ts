@@ -29,7 +29,7 @@ test("attention that was not measured is estimated from the others of its width:
       const { seconds } = new KernelTimes(profile).timeOf(attentionOf(left.op, left.sizes));
       return Math.abs(Math.log(seconds / (1e-6 * left.us)));
     });
-  expect(errors.length).toBe(20);
+  expect(errors.length).toBe(48);
   expect(errors.reduce((a, b) => a + b, 0) / errors.length).toBeLessThan(0.13);
 });
 
@@ -42,7 +42,7 @@ test("a kernel of attention of a known width and an unknown length takes the rat
     const rates = h200.kernels.measured
       .filter((m) => m.op === op && m.sizes.width === 64)
       .map((m) => attentionOf(op, m.sizes).flops / (1e-6 * m.us));
-    expect(rates.length).toBe(2);
+    expect(rates.length).toBe(5);
     expect(rate).toBeGreaterThan(Math.min(...rates));
     expect(rate).toBeLessThan(Math.max(...rates));
   }
