@@ -77,7 +77,9 @@ function activationsOfToken({ model: m, parallel: p, train: { recompute } }: Job
   // in the worst case all ranks of a group choose the experts of one
   const worst = (p.expert * Math.min(m.moe.top_k, m.moe.experts / p.expert)) / m.moe.top_k;
   const rows = m.moe.top_k * (p.expert > 1 ? Math.min(worst, m.moe.rows_bound === "worst" ? worst : m.moe.rows_bound) : 1);
-  const ofRow = (isKept("moe_permute") ? 1 : 0) * m.hidden + 2 * m.moe.ffn;
+  // expert tensor ranks have the same rows where a token is sent once; elsewhere backward gathers them again
+  const copies = m.moe.dispatch === "once" || m.moe.dispatch === "once_per_node" ? p.expert_tensor : 1;
+  const ofRow = (isKept("moe_permute") ? copies : 0) * m.hidden + 2 * m.moe.ffn;
   const experts = isKept("moe") ? rows * ofRow + 2 * (m.moe.shared?.ffn ?? 0) : 0;
   return attention + norms + experts;
 }

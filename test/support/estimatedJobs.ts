@@ -23,7 +23,7 @@ export const estimatedJobs = fc
     buckets: fc.boolean(),
     shared: fc.boolean(),
     pairs: fc.boolean(),
-    once: fc.boolean(),
+    dispatch: fc.constantFrom(undefined, "once", "once_per_node"),
     parts: fc.boolean(),
     gpus_per_node: fc.constantFrom(2, 4, 8),
   })
@@ -44,7 +44,7 @@ export const estimatedJobs = fc
         moe: {
           ...{ experts: 4, top_k: 2, ffn: 64, layers: { first_dense: Math.min(d.firstDense, layers - 1) } },
           ...(d.shared && { shared: { ffn: 64 } }),
-          ...(d.once && { dispatch: "once" }),
+          ...(d.dispatch && { dispatch: d.dispatch }),
         },
       }),
     };
