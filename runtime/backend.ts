@@ -164,6 +164,8 @@ export type StepKind = "training" | "logged" | "evaluation";
 
 /** The ranks of one process, on one kind of device. */
 export interface LocalRanks {
+  /** Whether reads may be issued once `finish` is called: they then follow the work of the step. */
+  readonly readsInOrder?: boolean;
   readonly ranks: readonly number[];
   rankDevice(rank: number): RankDevice;
   readonly comm: Comm;

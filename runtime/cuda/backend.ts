@@ -78,6 +78,8 @@ export async function openCuda(plan: Plan, settings: CudaSettings): Promise<Cuda
     ranks: [rank],
     rankDevice: () => rankDevice,
     hostMemory: pinnedMemory(context),
+    // ranks of several processes combine what they have read
+    readsInOrder: plan.mesh.world === 1,
     comm: {
       collective: (r, i, at) => steps.mode === "replay" || comm.collective(r, i, at),
       wait: (r, id) => steps.mode === "replay" || comm.wait(r, id),

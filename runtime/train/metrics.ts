@@ -62,13 +62,21 @@ export async function readNumbers(
     const readAll = (ids: readonly string[]): Promise<HostData[]> =>
       Promise.all(ids.map((id) => rankDevice(rank).read(bufferOf(rank, id), 0)));
     const read = (name: MetricName): Promise<HostData[]> => readAll(metrics[name] ?? []);
-    for (const name of summed) for (const [value = 0] of await read(name)) own.sums.set(name, (own.sums.get(name) ?? 0) + value);
-    own.depths = await Promise.all(own.depths.map(async (_, k) => total((await readAll(mtp_losses[k] ?? [])).map(([value = 0]) => value))));
-    // the norms are equal on all ranks
-    if (stage === 0) for (const [value = 0] of await read("grad_norm")) own.norm = value;
-    if (stage === 0) for (const [value = 0] of await read("parameter_squares")) own.squares = value;
+    // all copies are issued before the first is awaited; the norms are equal on all ranks
+    const [sums, depthLosses, norms, squares, tables] = await Promise.all([
+      Promise.all(summed.map(read)),
+      Promise.all(own.depths.map((_, k) => readAll(mtp_losses[k] ?? []))),
+      stage === 0 ? read("grad_norm") : [],
+      stage === 0 ? read("parameter_squares") : [],
+      read("expert_loads"),
+    ]);
+    for (const [n, name] of summed.entries())
+      for (const [value = 0] of sums[n] ?? []) own.sums.set(name, (own.sums.get(name) ?? 0) + value);
+    own.depths = depthLosses.map((losses) => total(losses.map(([value = 0]) => value)));
+    for (const [value = 0] of norms) own.norm = value;
+    for (const [value = 0] of squares) own.squares = value;
     if (metrics.expert_loads === undefined) continue;
-    own.expertTable = addUp(await read("expert_loads"), layers * experts);
+    own.expertTable = addUp(tables, layers * experts);
     own.largestLoad = largestLoad(own.expertTable, experts);
     if (!detailed) continue;
     const biases = await readAll(parameters.flatMap(({ rule, buffer }) => (rule === "expert_bias" ? [buffer] : [])));
