@@ -12,12 +12,33 @@ import { ops } from "../../src/ops/index.ts";
 import { root } from "../support/checkout.ts";
 import { type Buffers, casesOf, type Executor, mixtures } from "../support/contract.ts";
 import { hold } from "../support/contractCheck.ts";
+import { sets, sizesAt, variantsOf } from "../support/contractSizes.ts";
+import { messageDrafts } from "../support/transportCases.ts";
 
 test("every op of the table has a kernel on every device; fused ops only where programs are fused", () => {
   const lacking = (kernels: object) => Object.keys(ops).filter((name) => !(name in kernels));
   const fusedNames = Object.values(fused).map(({ name }) => name);
   expect({ webgpu: lacking(wgslKernels), cuda: lacking(cudaKernels) }).toEqual({ webgpu: fusedNames, cuda: [] });
   expect(Object.keys({ ...wgslKernels, ...cudaKernels }).filter((name) => !Object.hasOwn(ops, name))).toEqual([]);
+});
+
+test("the sizes of a case have every dim and attribute of its op, also those that only the full tier takes", () => {
+  const missing = Object.values(ops)
+    .filter(({ name }) => !(name in messageDrafts))
+    .flatMap(({ name, inputs, outputs, attrs = [] }) => {
+      const operands = [...inputs, ...outputs].filter((o) => !o.any && o.name !== "needed");
+      const names = [...operands.flatMap((o) => o.dimSpecs.flatMap((d) => [d.dim, ...d.inner])), ...attrs];
+      const hasRows = [...inputs, ...outputs].some((o) => o.ragged);
+      const isTaken = ({ only, rows }: (typeof sets)[string]): boolean => (only?.test(name) ?? true) && (hasRows || rows !== "none");
+      const taken = Object.entries(sets).flatMap(([set, own]) => (isTaken(own) ? [set] : []));
+      return taken.flatMap((set) =>
+        variantsOf(name).flatMap((variant) => {
+          const sizes = { ...sizesAt(name, set), ...variant };
+          return names.filter((n) => !(n in sizes)).map((n) => `${name} ${set} ${n}`);
+        }),
+      );
+    });
+  expect([...new Set(missing)]).toEqual([]);
 });
 
 const router = (keys: Readonly<Record<string, unknown>>): string[] =>

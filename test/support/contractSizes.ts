@@ -37,7 +37,7 @@ export const sets: Readonly<Record<string, Set>> = {
   aligned: {
     sizes: {
       ...{ A: 1, P: 2, B: 1, S: 64, U: 64, D: 64, K: 64, N: 64, V: 64, E: 8 },
-      ...{ F: 64, H: 4, G: 2, M: 2, C: 16, k: 2, "#0": 64, "#1": 64 },
+      ...{ F: 64, H: 4, G: 2, M: 2, C: 16, W: 16, k: 2, "#0": 64, "#1": 64 },
       ...{ J: 2, L: 32, capacity: 20, groups: 4, group_top_k: 2, group_scores: 1 },
     },
     ...{ starts: {}, rows: "one" },
@@ -45,7 +45,7 @@ export const sets: Readonly<Record<string, Set>> = {
   large: {
     sizes: {
       ...{ A: 1, P: 1, B: 1, S: 70, U: 74, D: 96, K: 96, N: 128, V: 130, E: 8 },
-      ...{ F: 96, H: 2, G: 1, M: 4, C: 64, k: 2, "#0": 70, "#1": 96 },
+      ...{ F: 96, H: 2, G: 1, M: 4, C: 64, W: 48, k: 2, "#0": 70, "#1": 96 },
       ...{ J: 1, L: 70, capacity: 30, groups: 2, group_top_k: 1, group_scores: 2 },
     },
     ...{ starts: cutStarts, rows: "some" },
