@@ -49,6 +49,22 @@ test("an op with products, alone or with what is fused to it, has the family and
   );
 });
 
+test("the sizes of a product multiply to its operations, and experts have the rows that tokens choose", () => {
+  const seen = new Set<string>();
+  for (const { programs, mesh, job } of plansWithAllFusions)
+    for (const program of programs)
+      for (const i of instructionsOf(program)) {
+        if (i.kind !== "compute") continue;
+        const { op, flops, sizes } = kernelShape(i, mesh, buffersOf(program));
+        const { m, n, k, experts } = sizes;
+        if (m === undefined || n === undefined || k === undefined || experts === undefined) continue;
+        seen.add(i.op);
+        expect(2 * m * n * k * experts, op).toBe(flops);
+        if (i.op.startsWith("grouped")) expect((i.op.includes("wgrad") ? k : m) * experts, op).toBe(8 * (job.model.moe?.top_k ?? 0));
+      }
+  expect([...seen]).toEqual(expect.arrayContaining(["gemm_dgrad_pair", "gemm_dgrad_triple", "grouped_dgrad_pair", "grouped_wgrad_pair"]));
+});
+
 test("the table of attention has what the signatures say: gradients take dy, dropout a sample, parts a shard of the keys", () => {
   for (const own of Object.values(ops)) {
     const variant = attentionVariant(own.name as Compute["op"]);

@@ -104,9 +104,8 @@ export function kernelShape(i: Compute, mesh: Mesh, buffers: BufferTable): Kerne
   const op = product ? productName(i, d, dtype) : i.op;
   const base = { op, flops, bytes, dtype };
   if (product) {
-    // gradients of two weights have one dim N
-    const columns = i.op === "grouped_wgrad_pair" ? 2 * sizeOf(d, "N") : sizeOf(d, "N") + (d.F ?? 0);
-    const [m, n, k] = product.sizes(d, flops / (2 * sizeOf(d, "K") * columns));
+    const rows = flops / flopsWith(product, d, 1);
+    const [m, n, k] = product.sizes(d, rows);
     const experts = sizeOf(d, "E");
     // rows of one expert
     const sizes = {
@@ -128,6 +127,12 @@ export function kernelShape(i: Compute, mesh: Mesh, buffers: BufferTable): Kerne
   }
   const family = optimizers.has(i.op) ? "optimizer" : scattered.has(i.op) ? "rows" : "streaming";
   return { ...base, family, sizes: { bytes: Math.max(1, bytes) } };
+}
+
+/** Returns the floating-point operations of a product whose experts have `rows` rows in total. */
+function flopsWith({ sizes }: ProductForm, d: Readonly<Record<string, number>>, rows: number): number {
+  const [m, n, k] = sizes(d, rows);
+  return 2 * m * n * k;
 }
 
 /** Elements of the dims of weights that a tensor map needs to be divided by: 16 bytes of bf16. Products of others have kernels that copy by elements. */
