@@ -59,6 +59,9 @@ export function ranksOfToken({ experts, router }: Pick<Moe, "experts" | "router"
   return { most, mean: Math.min(most, open * (1 - missed)) };
 }
 
+/** Returns whether a token is sent once to several of its experts: those of a rank, or of a node. */
+export const sendsTokensOnce = ({ dispatch }: Pick<Moe, "dispatch">): boolean => dispatch === "once" || dispatch === "once_per_node";
+
 /** Returns how many rows of a token are sent to the `ranks` of an exchange of rows, on average if the load is balanced. */
 export function rowsSent(moe: Moe, ranks: number): number {
   if (moe.dispatch === "all_gather") return ranks;
@@ -96,13 +99,15 @@ export function nodesOfExperts(placed: Placed): ExpertNodes | undefined {
   const isWhole = neighbours === placed.cluster.gpus_per_node && Number.isInteger(most) && expert % most === 0;
   return isWhole ? { nodes: expert / most, perNode: most } : undefined;
 }
-/** Returns the nodes of each expert group if tokens are sent once to each node: there are several, with several ranks of the group each. */
+/** Returns whether rows that are sent once to each node take two exchanges: there are several nodes, with several ranks of the group each. */
+export const hasTwoHops = ({ nodes, perNode }: ExpertNodes): boolean => nodes > 1 && perNode > 1;
+/** Returns the nodes of each expert group if tokens are sent once to each node, in two exchanges; otherwise undefined. */
 export function nodesOfDispatch({
   model: { moe },
   ...placed
 }: Placed & { readonly model: { readonly moe?: Pick<Moe, "dispatch"> | null } }): ExpertNodes | undefined {
   const found = moe?.dispatch === "once_per_node" ? nodesOfExperts(placed) : undefined;
-  return found && found.nodes > 1 && found.perNode > 1 ? found : undefined;
+  return found && hasTwoHops(found) ? found : undefined;
 }
 
 /** An exchange of rows on their way to experts: ranks so many apart, and how many rows of a token it sends, on average if the load is balanced. */

@@ -10,8 +10,6 @@ import { completeModel, Model, ModelText } from "./job/model.ts";
 import { completeParallel, Parallel, ParallelText } from "./job/parallel.ts";
 import { completeTrain, Train, TrainText } from "./job/train.ts";
 
-export type { GatedActivation, PlainActivation } from "./activations.ts";
-
 const Code = z.string().regex(/^[A-Z]\d{3}$/, "a code such as C504");
 const Allowed = z.strictObject({
   code: Code.describe("code of a warning, such as C504"),

@@ -182,17 +182,18 @@ class TrainingLoop {
     const finished = this.#localRanks.finish();
     const read = () => readNumbers(this.#plan, this.#localRanks, this.#programs.buffer, detailed);
     // where copies follow the work of the step on the device, they are there when it ends
-    const behind = this.#localRanks.readsInOrder ? read() : undefined;
-    behind?.catch(() => undefined);
+    const issued = this.#localRanks.readsInOrder ? read() : undefined;
+    // a failure is thrown where the numbers are awaited
+    issued?.catch(() => undefined);
     const from = performance.now();
     this.#next = this.#read(after, batchAt(train, after));
-    const there = performance.now();
+    const loaded = performance.now();
     this.#inputs.whileComputing?.(this.#seconds);
     await finished;
     // a device that still computes when the batch is there has not waited; otherwise it may have, for as long as the reading took
-    this.#dataWait = performance.now() - there > BUSY ? 0 : there - from;
+    this.#dataWait = performance.now() - loaded > BUSY ? 0 : loaded - from;
     const memory = detailed ? this.#localRanks.memoryInUse?.() : undefined;
-    const numbers = await (behind ?? read());
+    const numbers = await (issued ?? read());
     const fp16 = train.precision === "fp16";
     const found = nonfiniteIn(numbers);
     const outcome: Outcome = !found ? "updated" : fp16 && found.metric === "grad_norm" ? "overflowed" : "nonfinite";

@@ -1,4 +1,5 @@
 /** The memory of a job in closed form, without compiling it: what searches and `init` sort out choices by. */
+import { sendsTokensOnce } from "../../schemas/experts.ts";
 import type { Job } from "../../schemas/job.ts";
 import { paddedVocab } from "../../schemas/jobSizes.ts";
 import { readLayout, runsInPairs } from "../passes/pipelineStages.ts";
@@ -78,7 +79,7 @@ function activationsOfToken({ model: m, parallel: p, train: { recompute } }: Job
   const worst = (p.expert * Math.min(m.moe.top_k, m.moe.experts / p.expert)) / m.moe.top_k;
   const rows = m.moe.top_k * (p.expert > 1 ? Math.min(worst, m.moe.rows_bound === "worst" ? worst : m.moe.rows_bound) : 1);
   // expert tensor ranks have the same rows where a token is sent once; elsewhere backward gathers them again
-  const copies = m.moe.dispatch === "once" || m.moe.dispatch === "once_per_node" ? p.expert_tensor : 1;
+  const copies = sendsTokensOnce(m.moe) ? p.expert_tensor : 1;
   const ofRow = (isKept("moe_permute") ? copies : 0) * m.hidden + 2 * m.moe.ffn;
   const experts = isKept("moe") ? rows * ofRow + 2 * (m.moe.shared?.ffn ?? 0) : 0;
   return attention + norms + experts;

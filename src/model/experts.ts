@@ -2,9 +2,8 @@
  * The mixture of experts of one layer: router → permute → grouped GEMMs → unpermute, plus the shared experts. Dispatch and combine are
  * collectives that `shard` inserts, and so are the regrids where the grid of the experts does not nest with that of the tokens.
  */
-
 import { isGated } from "../../schemas/activations.ts";
-import { type ExpertNodes, nodesOfDispatch, ranksOfToken } from "../../schemas/experts.ts";
+import { type ExpertNodes, nodesOfDispatch, ranksOfToken, sendsTokensOnce } from "../../schemas/experts.ts";
 import { groupMask, markWeights, packGroups, packRowGroups, packRows, permuteRows, rowChoices, unpermuteRows } from "../ops/dispatch.ts";
 import { gatedUnits } from "../ops/gatedUnits.ts";
 import { add, addBiasRows, cast, gemm, groupedGemm } from "../ops/gemm.ts";
@@ -52,13 +51,11 @@ interface Dispatched {
 }
 /** Builds the rows of tokens [B,S,width] and of their weights. */
 function dispatched(module: ModuleBuilder, x: Value, moe: Moe, routing: Routing): Dispatched {
-  const isOnce = moe.dispatch === "once" || moe.dispatch === "once_per_node";
-  if (isOnce && module.job.parallel.expert > 1) return dispatchedOnce(module, x, moe, routing);
+  if (sendsTokensOnce(moe) && module.job.parallel.expert > 1) return dispatchedOnce(module, x, moe, routing);
   const at = (name: string) => module.at(`moe.${name}`);
   const { map: c, weights: p, rows: limits } = routing;
   // dispatch `all_gather`: tokens are gathered over ep, and each rank permutes those of its experts
-  const pin = (v: Value) =>
-    moe.dispatch === "all_gather" ? declared(v, { pins: [{ dim: "E", axis: "ep", path: "model.moe.dispatch" }] }) : v;
+  const pin = (v: Value) => (moe.dispatch === "all_gather" ? declared(v, { pins: [{ dim: "E", axis: "ep", path: PATH }] }) : v);
   return {
     rows: pin(permute.of({ x, c }, limits, at("permute"))),
     weights: pin(pack.of({ p, c }, limits, at("pack"))),
@@ -66,24 +63,18 @@ function dispatched(module: ModuleBuilder, x: Value, moe: Moe, routing: Routing)
   };
 }
 
-/** The pins of an op on the ranks of experts. Expert tensor ranks have the same rows, since each has a part of every expert. */
-const onExperts = (v: Value): Value =>
-  declared(v, {
-    pins: [
-      { dim: "E", axis: "ep", path: PATH },
-      { axis: "etp", path: PATH },
-    ],
-  });
-/** The pins of an op on the ranks of nodes with experts. */
-const onNodes = (v: Value): Value =>
-  declared(v, {
-    pins: [
-      { dim: "E", axis: "ep", across: "nodes", path: PATH },
-      { axis: "etp", path: PATH },
-    ],
-  });
 const PATH = "model.moe.dispatch";
-/** The pins of ops on tokens whose rows go to nodes: a rank of a node finds the tokens of its places by where they came from. */
+/** Pins the op of a value to the ranks of experts. Expert tensor ranks have the same rows, since each has a part of every expert. */
+const onExperts = (v: Value, across?: "nodes"): Value =>
+  declared(v, {
+    pins: [
+      { dim: "E", axis: "ep", ...(across && { across }), path: PATH },
+      { axis: "etp", path: PATH },
+    ],
+  });
+/** Pins the op of a value to the nodes of experts, and not to the ranks of each. */
+const onNodes = (v: Value): Value => onExperts(v, "nodes");
+/** Pins the op of a value to the ranks of its tokens, whose rows go to nodes: a rank of a node finds the tokens of its places by where they came from. */
 const onTokens = (v: Value): Value =>
   declared(v, {
     pins: [

@@ -2,7 +2,7 @@
  * Gated linear units: y = f(gate)·up with an activation function f (activations.ts; Shazeer 2020, arXiv:2002.05202). The formulas contain f,
  * and the reference and the kernels are derived from them.
  */
-import type { GatedActivation } from "../../schemas/job.ts";
+import type { GatedActivation } from "../../schemas/activations.ts";
 import { activationFunctions } from "./activations.ts";
 import { mul, rowSum, variable } from "./formula.ts";
 import { formulaOp, type Grads } from "./op.ts";

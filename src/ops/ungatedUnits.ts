@@ -2,7 +2,7 @@
  * Activations without a gate: y = f(x) with an activation function f (activations.ts). The formulas contain f, and the reference and the
  * kernels are derived from them.
  */
-import type { PlainActivation } from "../../schemas/job.ts";
+import type { PlainActivation } from "../../schemas/activations.ts";
 import { activationFunctions } from "./activations.ts";
 import { mul, rowSum, variable } from "./formula.ts";
 import { formulaOp, type Grads } from "./op.ts";

@@ -1,5 +1,5 @@
 /** Rules E: experts, capacity and token dispatch. See also router.ts and balance.ts. */
-import { evenBy, hasExperts, nodesOfExperts } from "../../schemas/experts.ts";
+import { evenBy, hasExperts, hasTwoHops, nodesOfExperts, sendsTokensOnce } from "../../schemas/experts.ts";
 import type { Job } from "../../schemas/job.ts";
 import { divisorsNear, downTo, rule, upTo } from "./rule.ts";
 
@@ -11,9 +11,6 @@ function worstLoad({ top_k, experts, capacity, router }: Moe, expert: number): n
   if (router.type === "expert_choice" || (capacity !== "dropless" && capacity.pad)) return 1;
   return capacity === "dropless" ? all : Math.min(all, Math.max(1, capacity.factor));
 }
-
-/** Returns whether a token is sent once to several of its experts. */
-const sendsOnce = ({ dispatch }: Moe): boolean => dispatch === "once" || dispatch === "once_per_node";
 
 /** Rules of experts. */
 export const moe = [
@@ -163,7 +160,7 @@ export const moe = [
     why: "A token is sent once to each rank, or to each node, that has several of its experts. With expert 1 no row is sent, and with top_k 1 a token has one expert.",
     level: "warning",
     *check({ model: { moe }, parallel: p }) {
-      if (!moe || !sendsOnce(moe) || (p.expert > 1 && moe.top_k > 1)) return;
+      if (!moe || !sendsTokensOnce(moe) || (p.expert > 1 && moe.top_k > 1)) return;
       yield {
         at: "model.moe.dispatch",
         related: ["parallel.expert", "model.moe.top_k"],
@@ -182,7 +179,7 @@ export const moe = [
     *check({ model: { moe }, parallel, cluster }) {
       if (moe?.dispatch !== "once_per_node" || parallel.expert === 1 || moe.top_k === 1) return;
       const found = nodesOfExperts({ parallel, cluster });
-      if (!found || (found.nodes > 1 && found.perNode > 1)) return;
+      if (!found || hasTwoHops(found)) return;
       yield {
         at: "model.moe.dispatch",
         related: ["parallel.expert", "cluster.gpus_per_node"],

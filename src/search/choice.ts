@@ -1,6 +1,6 @@
 /** The choices of a search: how a model is spread over ranks, and what of the batch and of recomputation goes with it. */
 
-import { nodesOfExperts } from "../../schemas/experts.ts";
+import { hasTwoHops, nodesOfExperts } from "../../schemas/experts.ts";
 import { type AutoKey, autoNames } from "../../schemas/job/autoKeys.ts";
 import { completeParallel } from "../../schemas/job/parallel.ts";
 import type { Job } from "../../schemas/job.ts";
@@ -150,7 +150,7 @@ export function variantsOf({ model, parallel, cluster }: Job, choice: JobChoice,
   const degrees = { tensor, context, pipeline, expert, expert_tensor };
   const placed = hasExchange ? nodesOfExperts({ parallel: { ...parallel, ...degrees }, cluster }) : undefined;
   // once to each node, where the ranks of a group are on several
-  const perNode = placed && placed.nodes > 1 && placed.perNode > 1 ? others("dispatch", model.moe?.dispatch ?? "", fixed) : [];
+  const perNode = placed && hasTwoHops(placed) ? others("dispatch", model.moe?.dispatch ?? "", fixed) : [];
   const valuesOf = (key: "gradient_bucket" | "schedule" | "expert_overlap"): SideValue[] =>
     others(key, parallel[key], fixed).flatMap((value) => (value === choice[key] ? [] : [{ key, value }]));
   return [

@@ -55,8 +55,8 @@ const reachOf = ({ op, family }: KernelShape): number =>
 
 /**
  * How the squared logarithm of each size counts in the distance of two kernels; 1 if not listed. Kernels of attention are written for their widths,
- * so a kernel of another width says little; shared keys and more heads say little about time. Chosen by leaving out each of the 48 measured kernels of
- * attention of the H200 in turn, without gradients of heads of 256: mean error 6.0 %, 8.2 % with the weights of before.
+ * so a kernel of another width says little; shared keys and more heads say little about time. Chosen by leaving out each of 44 measured kernels of
+ * attention of the H200 in turn, all but gradients of heads of 256: mean error 6.0 % (test/results/estimate-2026-11-30.md).
  */
 const sizeWeights: Readonly<Record<string, number>> = { queries: 0.5, keys: 0.5, heads: 0.1, group: 0.1, width: 8, value_width: 8 };
 /** Shapes at most this far apart count as one shape. */

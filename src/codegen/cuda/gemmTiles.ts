@@ -16,7 +16,7 @@ type Edge = 128 | 64 | 32;
 const ENOUGH = 100;
 /** Of depth, that f32 arithmetic multiplies between two barriers. */
 const STEP = 16;
-/** A short launch. */
+/** Seconds of a short launch. */
 const LAUNCH_SECONDS = 4e-6;
 const MULTIPROCESSORS = cudaArchs.sm_90a.multiprocessors;
 
@@ -80,9 +80,9 @@ export function mma(spec: KernelSpec, p: MatrixProduct, half: Float16, edge: 128
 
 const isPipelined = ({ a, b }: MatrixProduct): boolean => a.dtype === "f32" && b.dtype === "f32";
 
-/** Operations a second of all multiprocessors with two blocks each, and bytes, for the choice of parts. */
+/** Operations and bytes a second of an H200, by which the number of parts is chosen. */
 const RATE = { f32: 46e12, tf32: 200e12, bytes: 4e12 } as const;
-/** Bytes of scratch for sums of parts. */
+/** The most bytes of scratch for sums of parts. */
 const MOST_SCRATCH = 2 ** 26;
 /**
  * Returns the depth that one thread block of f32 arithmetic sums. If c has too few tiles for the multiprocessors (router weights), or its last tiles
@@ -114,7 +114,7 @@ interface BlockOptions {
   /** The depth of a thread block, if it is below that of the product. */
   readonly part?: number;
 }
-/** Options of `simt`; default: chosen by the sizes, for sm_90a. */
+/** Options of `simt`. Default: edge and part are chosen by the sizes; sm_90a. */
 type SimtOptions = Partial<BlockOptions>;
 interface Block {
   readonly body: string;

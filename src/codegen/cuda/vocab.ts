@@ -70,14 +70,14 @@ function sumOfSources(spec: SpecOf<typeof sourceLosses>): GeneratedKernel {
   };
 }
 
-/** Tokens in a short list: those of an id that a lane each can hold. */
+/** The most tokens of an id in a short list: a lane of a warp holds one each. */
 const SHORT = 32;
-/** Longer lists that are summed at once, and those that are written at once. */
+/** The longer lists that are summed at once. */
 const FREQUENT = 64;
+/** The thread blocks that write longer lists. */
 const WRITERS = 264;
 /** Ids whose rows a warp sums. */
 const IDS = 4;
-const INT = 4;
 
 function sumRowsOfIds(spec: SpecOf<typeof embedGrad>): GeneratedKernel {
   const { V, D } = spec.d;
@@ -94,7 +94,7 @@ function sumRowsOfIds(spec: SpecOf<typeof embedGrad>): GeneratedKernel {
     ...{ name: spec.name, vector, warps, frequent, writers, tokens, vocabulary: V, width: D, adds, present: adds ? present : 1 },
     ...{ dy: cudaType(spec.dtype.dy), dtable: cudaType(spec.dtype.dtable) },
   });
-  const counters = (4 + V) * INT;
+  const counters = (4 + V) * bytesOf.i32;
   const lists = scratch(Math.ceil(counters / 256) * 256);
   const launch = (suffix: string, threads: number, grid: GeneratedLaunch["grid"], args: readonly KernelArg[]): GeneratedLaunch => ({
     ...{ entry: `${spec.name}${suffix}`, grid, threads, shared: 0, args },
@@ -102,7 +102,7 @@ function sumRowsOfIds(spec: SpecOf<typeof embedGrad>): GeneratedKernel {
   const clear = clearBytes(spec, counters, scratchStart);
   return {
     source: source(spec, [clear.body, body].join("\n")),
-    scratch: lists.offset + (V + (adds ? present : 1) + Math.floor(tokens / SHORT) + 1 + 2 * tokens) * INT,
+    scratch: lists.offset + (V + (adds ? present : 1) + Math.floor(tokens / SHORT) + 1 + 2 * tokens) * bytesOf.i32,
     launches: [
       clear.launch,
       launch("_count", 256, [Math.ceil(tokens / 256), 1, 1], ["ids", scratchStart, lists, startOf("V")]),

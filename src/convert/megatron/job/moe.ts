@@ -1,5 +1,5 @@
 /** The section `model.moe` of a job: experts, router, dispatch and capacity. */
-import { nodesOfExperts } from "../../../../schemas/experts.ts";
+import { hasTwoHops, nodesOfExperts } from "../../../../schemas/experts.ts";
 import type { MappedName } from "../arguments/spec.ts";
 import { putExpertBiases } from "./feedForward.ts";
 import type { Importing } from "./importing.ts";
@@ -37,7 +37,7 @@ export function putExperts({ args, job }: Importing, { layers, ffn }: ModelSizes
   return true;
 }
 
-/** The libraries of the flex dispatcher send a token once to each node, and in it once to each rank, and the ranks of experts return sums. */
+/** Returns the dispatch of the flex dispatcher, whose libraries send a token once to each node, and in it once to each rank, and the ranks of experts return sums. */
 function onceTo(importing: Importing, world: World | undefined): "once" | "once_per_node" {
   const { expertTensor: expert_tensor, ...degrees } = degreesOf(importing, true);
   const order = importing.args.has("use-tp-pp-dp-mapping") ? "tp-cp-ep-pp-dp" : "tp-cp-ep-dp-pp";
@@ -48,7 +48,7 @@ function onceTo(importing: Importing, world: World | undefined): "once" | "once_
     world: world?.ranks ?? smallestWorld({ ...degrees, expertTensor: expert_tensor }),
   } as const;
   const found = nodesOfExperts({ parallel, cluster: { gpus_per_node: world?.perNode ?? 8 } });
-  return found && found.nodes > 1 && found.perNode > 1 ? "once_per_node" : "once";
+  return found && hasTwoHops(found) ? "once_per_node" : "once";
 }
 
 function putLayers({ args, job }: Importing, layers: number): void {
