@@ -7,7 +7,7 @@ import { cudaArchOf } from "../codegen/targetNames.ts";
 import { type Stage, stages, stageTexts } from "../passes/passNames.ts";
 import { compileAt, dataDirEntry, jobTextAt, loadPlan, planFile, readJobAt } from "./loadPlan.ts";
 import { asWritten, type JobOptions, type ProcessExit, withExamples, withFormat, withSet, withTarget } from "./options.ts";
-import { endProgress, printJson, printProgress, printStderr, printStdout } from "./output.ts";
+import { endProgress, printJson, printProgress, printReport, printStderr, printStdout } from "./output.ts";
 import { expectWritableFolder, writeFolder } from "./outputFiles.ts";
 import { type FindingFormat, findingFormats, printFindingsAs, shownFindings } from "./printFindings.ts";
 
@@ -64,8 +64,13 @@ async function runCompile(path: string, options: CompileOptions, exit: ProcessEx
     knownPlans.add(text);
   }
   if (emit) return printStdout(compiled.emit?.(emit) ?? "");
-  const { summarize, printSummary } = await import("../report/summary.ts");
-  const summary = summarize(plan);
+  const [{ summarize, printSummary }, { knownEstimate }, { profileFor }] = await Promise.all([
+    import("../report/summary.ts"),
+    import("./knownEstimate.ts"),
+    import("./deviceProfile.ts"),
+  ]);
+  const estimate = knownEstimate(plan, await profileFor(plan.job.cluster.device));
+  const summary = summarize(plan, estimate);
   if (options.format === "json")
     printJson({
       ...summary,
@@ -73,7 +78,7 @@ async function runCompile(path: string, options: CompileOptions, exit: ProcessEx
       ...(compiled.auto && { auto: compiled.auto }),
       ...(await shownFindings(compiled.findings, await textsOf(path))),
     });
-  else printStdout(`${printSummary(summary)}written to ${join(out ?? "", "plan.json")} and plan.txt`);
+  else printReport(`${printSummary(summary, estimate)}written to ${join(out ?? "", "plan.json")} and plan.txt`);
 }
 
 /** Returns the text of a job, by which findings become edits. */

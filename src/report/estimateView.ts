@@ -70,7 +70,8 @@ export function timeLines(view: EstimateView | undefined, width: number): string
   ];
 }
 
-const headLines = (view: EstimateView, width: number): string[] =>
+/** Returns the lines of the seconds of a step, its tokens and its flops. */
+export const headLines = (view: EstimateView, width: number): string[] =>
   labelled(
     "time",
     `${secondsText(view.seconds)} a step (${secondsText(view.range[0])} to ${secondsText(view.range[1])}), ${countText(Math.round(view.tokens_per_second))} tokens/s, ${rateText(view.model_flops_per_second)} a GPU, ${percentOf(view.of_peak)} of peak`,

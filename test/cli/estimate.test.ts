@@ -162,6 +162,20 @@ test("a profile calibrated on simulated steps estimates the plan as the simulate
   expect(Math.abs(again.seconds / real.seconds - 1)).toBeLessThan(0.02);
 });
 
+test("compile prints the time of a step where the device has a profile, the one of inspect; its JSON has the seconds", async () => {
+  const out = join(folder, "timed");
+  const set = ["--set", "model.layers=2", "--set", "cluster.device=h100-80gb"];
+  const compiled = await rankc("compile", join(root, "plans/tiny-mixtral/job.yaml"), ...set, "-o", out);
+  const line = compiled.out.split("\n").find((l) => l.startsWith("time"));
+  expect(line).toMatch(/^time +[0-9.]+ [mµ]?s a step \(.*\), .* tokens\/s/);
+  const { estimate: time } = JSON.parse((await rankc("inspect", out, "--format", "json")).out);
+  expect(line).toContain(`${secondsText(time.seconds)} a step`);
+  const json = JSON.parse((await rankc("compile", join(root, "plans/tiny-mixtral/job.yaml"), ...set, "-o", out, "--format", "json")).out);
+  expect(json.estimate).toEqual({ seconds: time.seconds, range: time.range, tokens_per_second: time.tokens_per_second });
+  const cpu = await rankc("compile", join(root, "plans/tiny-mixtral/job.yaml"), "-o", join(folder, "untimed"));
+  expect(cpu.out).not.toMatch(/^time/m);
+});
+
 test("calibrate measures the CPU backend and writes a profile that inspect takes", async () => {
   const out = join(folder, "own.json");
   const job = join(root, "plans/tiny-dense/job.yaml");
