@@ -82,9 +82,11 @@ async function measure(options: CalibrateOptions, own: Measured | undefined): Pr
     leads &&= run.leads;
     runs.push({ plan: measured.plan, steps: run.steps });
   }
+  const [first] = runs;
+  if (!first) throw new Trouble(`no job of the package fits ${device}`, "name a job");
   if (runs.every(({ steps }) => steps.length === 0))
     throw new Trouble(`the backend ${options.backend} has no clock for kernels here`, "measure another backend", 3);
-  const [{ plan }] = runs as [CalibrationRun];
+  const { plan } = first;
   const profile = calibrated(base, runs, {
     name: own ? plan.job.name.replace(/[^A-Za-z0-9_.-]/g, "-").slice(0, 80) : `${device}.own`,
     device,

@@ -1,9 +1,11 @@
 /** The clock that a power limit leaves: what it slows, that a step and its clock agree, and that a calibration takes it out of what it measured. */
 import { expect, test } from "vitest";
 import type { DeviceProfile } from "../../schemas/deviceProfile.ts";
+import { buffersOf } from "../../src/analysis/bufferTable.ts";
 import { calibrated } from "../../src/analysis/estimate/calibrate.ts";
 import { estimate } from "../../src/analysis/estimate/estimate.ts";
 import { hardwareOf } from "../../src/analysis/estimate/hardware.ts";
+import { kernelShape } from "../../src/analysis/estimate/kernelShape.ts";
 import { KernelTimes } from "../../src/analysis/estimate/kernelTime.ts";
 import { clockOf, settledClock } from "../../src/analysis/estimate/powerClock.ts";
 import { packageProfile } from "../../src/analysis/estimate/profiles.ts";
@@ -20,13 +22,16 @@ const limited = (limit: number): DeviceProfile => ({
   kernels: { ...free.kernels, power: { limit, arithmetic: 0.7, memory: 0.3 } },
 });
 const target = await loadTarget("cuda:sm_90a");
-const planOf = (model: object, micro = 4) =>
+const planOf = (model: object, micro = 4, microbatches = 1) =>
   compile(
     jobOf({
       name: "powered",
       model: { layers: 2, hidden: 4096, ffn: 14336, heads: 32, vocab: 32768, seq: 2048, ...model },
       parallel: { world: 1 },
-      train: { micro_batch: micro, global_batch: micro, steps: 1, precision: "bf16", optimizer: { type: "sgd", lr: 1e-3, momentum: 0 } },
+      train: {
+        ...{ micro_batch: micro, global_batch: micro * microbatches, steps: 1, precision: "bf16" },
+        optimizer: { type: "sgd", lr: 1e-3, momentum: 0 },
+      },
       data: { path: "corpus.txt" },
       cluster: { device: "h200-141gb" },
     }),
@@ -57,6 +62,31 @@ test("a step and its clock agree", () => {
   expect(clock).toBeLessThan(1);
   expect(clockOf(kernels, hardware, load, secondsAt(clock))).toBeCloseTo(clock, 2);
   expect(settledClock(free.kernels, hardware, load, secondsAt)).toBe(1);
+});
+
+test("the clock of a step is that of the kernels that it runs: those of the first microbatch write, those of later ones add", () => {
+  const plan = planOf({ hidden: 2048, ffn: 8192, seq: 1024 }, 1, 4);
+  const { kernels: own } = free;
+  const profile = { ...free, kernels: { ...own, launch_us: 0, power: { limit: 1.25, arithmetic: 0.2, memory: 0.8 } } };
+  const { runs, step } = estimate(plan, { profile }).simulation.stages[0]!;
+  const buffers = buffersOf(plan.programs[0]!);
+  const kernels = [...runs.map(({ block }) => block), step].flatMap(({ instructions }) =>
+    instructions.flatMap(({ instruction: i, seconds }) =>
+      i.kind === "compute" ? [{ seconds, shape: kernelShape(i, plan.mesh, buffers) }] : [],
+    ),
+  );
+  const sum = (of: (kernel: (typeof kernels)[number]) => number): number => kernels.reduce((all, kernel) => all + of(kernel), 0);
+  const load = { flops: sum(({ shape }) => shape.flops), bytes: sum(({ shape }) => shape.bytes) };
+  const clock = clockOf(
+    profile.kernels,
+    hardwareOf(profile),
+    load,
+    sum(({ seconds }) => seconds),
+  );
+  expect(clock).toBeLessThan(0.95);
+  const times = new KernelTimes(profile);
+  const expected = sum(({ shape }) => times.timeOf(shape, clock).seconds);
+  expect(Math.abs(sum(({ seconds }) => seconds) / expected - 1)).toBeLessThan(2e-3);
 });
 
 test("a calibration on a machine whose power limits the clock gives the times at the full clock, and with them the same steps", () => {

@@ -192,20 +192,24 @@ export function blockTimer(
   };
 }
 
-/** Returns the kernels of a step of a rank, with how often each runs: in the step block once, else once for each microbatch. */
+/** Returns the kernels of a step of a rank, with how often each runs: in the step block once, else once for each microbatch, the first of which writes. */
 function shapesOf(program: Program, shapeOf: (i: Compute) => KernelShape): { readonly shape: KernelShape; readonly times: number }[] {
   const forwards = program.order.reduce((n, { kind }) => n + Number(kind === "forward"), 0);
   const microbatches = forwards / program.chunks.length;
   const found = new Map<string, { shape: KernelShape; times: number }>();
+  const count = (i: Compute, times: number): void => {
+    const key = `${i.kernel} ${Object.keys(i.reads).length}`;
+    const known = found.get(key);
+    if (known) known.times += times;
+    else found.set(key, { shape: shapeOf(i), times });
+  };
   for (const { kind, instructions } of blocksOf(program)) {
     if (kind.startsWith("evaluation")) continue;
     for (const i of instructions) {
       if (i.kind !== "compute") continue;
       const times = kind === "step" || i.only !== undefined ? 1 : microbatches;
-      const key = `${i.kernel} ${Object.keys(i.reads).length}`;
-      const known = found.get(key);
-      if (known) known.times += times;
-      else found.set(key, { shape: shapeOf(asFirst(i)), times });
+      count(asFirst(i), 1);
+      if (times > 1) count(i, times - 1);
     }
   }
   return [...found.values()];
