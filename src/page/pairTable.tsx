@@ -3,6 +3,7 @@ import { plural } from "../units.ts";
 import { turnsOf } from "./pairTurns.ts";
 import type { StageRuns } from "./stageRuns.ts";
 import { plan, selectInstruction } from "./state.ts";
+import { TableHead } from "./widgets.tsx";
 
 /** The most turns that are listed. */
 const ROWS = 60;
@@ -21,15 +22,7 @@ export function PairTurns({
       <p class="quiet">Instructions of both runs alternate; an exchange that a turn begins runs under the turn after it.</p>
       <div class="table-room short">
         <table class="turns">
-          <thead>
-            <tr>
-              {["run", "begins", "instructions"].map((head) => (
-                <th key={head} scope="col">
-                  {head}
-                </th>
-              ))}
-            </tr>
-          </thead>
+          <TableHead names={["run", "begins", "instructions"]} />
           <tbody>
             {turns.slice(0, ROWS).map(({ run, instructions }) => {
               const exchange = instructions.findLast(({ view }) => view.stream !== undefined);

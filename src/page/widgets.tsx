@@ -33,3 +33,18 @@ export function Legend({ entries }: { readonly entries: readonly (readonly [name
     </ul>
   );
 }
+
+/** The head of a table whose columns are texts. */
+export function TableHead({ names }: { readonly names: readonly string[] }) {
+  return (
+    <thead>
+      <tr>
+        {names.map((name) => (
+          <th key={name} scope="col">
+            {name}
+          </th>
+        ))}
+      </tr>
+    </thead>
+  );
+}

@@ -32,14 +32,12 @@ function tableOf(choices: readonly TooLarge[], rowsOf: readonly (readonly string
   );
 }
 
-/** Returns the keys beside the mesh that a choice has otherwise than the job. */
+/** Returns the keys beside the mesh whose values differ from those of the job. Words but "none" say by themselves which key they are of. */
 function sidesText({ dispatch, expert_overlap, schedule, gradient_bucket, rows_bound }: JobChoice): string {
   const named = { dispatch, overlap: expert_overlap, schedule, bucket: gradient_bucket, rows: rows_bound };
-  const isClear = (value: string): boolean =>
-    ["once", "once_per_node", "all_to_all", "interleave", "shared", "zero_bubble", "1f1b"].includes(value);
   return Object.entries(named)
     .filter(([, value]) => value !== "job")
-    .map(([name, value]) => (isClear(`${value}`) ? `${value}` : `${name} ${value}`))
+    .map(([name, value]) => (typeof value === "string" && value !== "none" ? value : `${name} ${value}`))
     .join(", ");
 }
 

@@ -2,6 +2,7 @@
 import { bytesText, countText, flopsText, plural, ranges, secondsText } from "../../units.ts";
 import { changeText } from "../planSummary.tsx";
 import { plan, select, selection, viewDiff } from "../state.ts";
+import { TableHead } from "../widgets.tsx";
 
 /** The panel of the findings. */
 export function FindingsPanel() {
@@ -96,15 +97,7 @@ interface TableProps {
 function Table({ heads, rows }: TableProps) {
   return (
     <table>
-      <thead>
-        <tr>
-          {heads.map((head) => (
-            <th key={head} scope="col">
-              {head}
-            </th>
-          ))}
-        </tr>
-      </thead>
+      <TableHead names={heads} />
       <tbody>
         {rows.map((row) => (
           <tr key={row.join("|")}>

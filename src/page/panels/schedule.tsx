@@ -12,7 +12,7 @@ import { instructionAt, laneUnder, streamsOf, stripOf } from "../streamLanes.ts"
 import { AXIS, drawTimeAxis, panBy, reveal, showFrom, type TimeScale, timeScale, zoomAt } from "../timeAxis.ts";
 import { TimeCanvas, ZoomButtons } from "../timeCanvas.tsx";
 import { timeText } from "../timeText.ts";
-import { Legend, Segments } from "../widgets.tsx";
+import { Legend, Segments, TableHead } from "../widgets.tsx";
 
 /** Room for the names of stages. */
 const LEFT = 76;
@@ -316,15 +316,7 @@ function RunTable() {
   return (
     <div class="table-room short">
       <table>
-        <thead>
-          <tr>
-            {["stage", "run", "kind", "microbatch", "from", "to"].map((head) => (
-              <th key={head} scope="col">
-                {head}
-              </th>
-            ))}
-          </tr>
-        </thead>
+        <TableHead names={["stage", "run", "kind", "microbatch", "from", "to"]} />
         <tbody>
           {all.slice(0, ROWS).map(({ stage, runs, run }) => (
             <tr key={`${stage} ${run}`}>
