@@ -1,5 +1,5 @@
 /** The search over everything: a dialog with a field and a list of hits. */
-import { useSignal } from "@preact/signals";
+import { useComputed, useSignal } from "@preact/signals";
 import { useEffect, useRef } from "preact/hooks";
 import { type Hit, searchPlan } from "./searchIndex.ts";
 import { isSearching, panel, plan, select } from "./state.ts";
@@ -29,15 +29,17 @@ function SearchField() {
   const text = useSignal("");
   const at = useSignal(0);
   const list = useRef<HTMLDivElement>(null);
-  const hits = searchPlan(plan.value, text.value);
-  const chosen = Math.min(at.value, hits.length - 1);
+  // a key may be pressed before the last letter is drawn: the list for keys is always that of the text
+  const found = useComputed(() => searchPlan(plan.value, text.value));
+  const place = useComputed(() => Math.min(at.value, found.value.length - 1));
+  const [hits, chosen] = [found.value, place.value];
   useEffect(() => {
     list.current?.children[chosen]?.scrollIntoView({ block: "nearest" });
   }, [chosen]);
   const onKey = (event: KeyboardEvent): void => {
     const by = { ArrowDown: 1, ArrowUp: -1 }[event.key];
-    const hit = hits[chosen];
-    if (by !== undefined) at.value = Math.min(hits.length - 1, Math.max(0, chosen + by));
+    const hit = found.value[place.value];
+    if (by !== undefined) at.value = Math.min(found.value.length - 1, Math.max(0, place.value + by));
     else if (event.key === "Enter" && hit) open(hit);
     else return;
     event.preventDefault();

@@ -178,6 +178,18 @@ describe.skipIf(noBrowser)(`in Chromium${noBrowser ? `: skipped, ${noBrowser}` :
     }
   });
 
+  test("Enter takes the hit of the text, also of a letter that is not drawn yet", async () => {
+    await opened(`${streams}#schedule`);
+    await page.keyboard.press("/");
+    await page.locator("dialog.search input").evaluate((e) => {
+      const field = e as unknown as { value: string; dispatchEvent(event: Event): void };
+      field.value = "reduce_scatter stream gradients";
+      field.dispatchEvent(new Event("input", { bubbles: true }));
+      field.dispatchEvent(Object.assign(new Event("keydown", { bubbles: true }), { key: "Enter" }));
+    });
+    await soon(details).toMatch(/stream\ngradients/);
+  });
+
   test("streams: a wide run has a lane for each, and a collective on it names its stream and what waits for it", async () => {
     await opened(`${streams}#schedule`);
     await soon(() => textOf(".lanes-of-runs")).toBe("A wide run shows, from above: in order, stream gradients, stream parameters");
