@@ -27,17 +27,17 @@ export function unwritten(path: string, error: unknown): unknown {
 }
 
 /**
- * Creates a folder and its missing parents. Returns the outermost folder that was created. On failure it removes them and throws the
+ * Creates a folder and its missing parents, with the permissions of `mode`. Returns the outermost folder that was created. On failure it removes them and throws the
  * system error. It replaces the recursive mkdir, which in Node 20 never returns below a folder that accepts none, such as /proc.
  */
-export function makeFolder(folder: string): string | undefined {
+export function makeFolder(folder: string, mode = 0o777): string | undefined {
   const missing: string[] = [];
   for (let at = resolve(folder); !existsSync(at); at = dirname(at)) missing.unshift(at);
   const made: string[] = [];
   try {
     for (const at of missing)
       try {
-        mkdirSync(at);
+        mkdirSync(at, mode);
         made.unshift(at);
       } catch (error) {
         // another process may have created it meanwhile

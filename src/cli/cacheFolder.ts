@@ -3,9 +3,10 @@
  * state of the code. A checkout has no cache. A folder of another user is not read. Folders of older builds are removed.
  */
 import { createHash } from "node:crypto";
-import { mkdirSync, readdirSync, readFileSync, rmSync, statSync } from "node:fs";
+import { readdirSync, readFileSync, rmSync, statSync } from "node:fs";
 import { homedir } from "node:os";
 import { join } from "node:path";
+import { makeFolder } from "../../schemas/writing.ts";
 
 /** How many folders of other builds stay, the newest. */
 const OTHERS = 2;
@@ -27,7 +28,7 @@ function openFolder(): string | undefined {
       .digest("hex");
     const all = join(process.env.XDG_CACHE_HOME || join(homedir(), ".cache"), "rankc");
     const folder = join(all, `results-${build.slice(0, 16)}`);
-    if (mkdirSync(folder, { recursive: true, mode: 0o700 }) !== undefined) removeOld(all, folder);
+    if (makeFolder(folder, 0o700) !== undefined) removeOld(all, folder);
     const { uid, mode } = statSync(folder);
     return (process.getuid?.() ?? uid) === uid && (mode & 0o022) === 0 ? folder : undefined;
   } catch {

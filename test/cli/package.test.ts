@@ -111,6 +111,11 @@ describe("the installed package", () => {
     expect(existsSync(join(home, "node_modules/typescript"))).toBe(false);
   });
 
+  test("works where the folder of the cache cannot be created", () => {
+    const options = { cwd: home, env: { ...env, XDG_CACHE_HOME: "/proc/cache" }, encoding: "utf8", timeout: 30_000 } as const;
+    expect(execFileSync(join(home, "node_modules/.bin/rankc"), ["check", job], options)).toContain("valid");
+  });
+
   test("names its version, checks a job, compiles it and reads the plan back", () => {
     expect(rankc("--version")).toBe("0.1.0\n");
     expect(rankc("check", job)).toContain("valid");

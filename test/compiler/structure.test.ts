@@ -330,3 +330,8 @@ describe("limits of source files", () => {
     expect(asserted.length).toBeLessThan(100);
   });
 });
+
+test("folders are created by makeFolder: in Node 20 a recursive mkdir below /proc never returns", () => {
+  const makers = project.getSourceFiles().filter((file) => /\bmkdir(Sync)?\([^;]*recursive/.test(file.getFullText()));
+  expect(makers.map((file) => file.getFilePath())).toEqual([]);
+});
