@@ -50,7 +50,7 @@ function gibibytes(text: string): number {
 }
 
 function given(text: string, all: readonly string[]): string[] {
-  if (!/^[a-z_]+=[a-z0-9_.]+$/.test(text)) throw new InvalidArgumentError("Write KEY=VALUE, for example tensor=1.");
+  if (!/^\w+=\S+$/.test(text)) throw new InvalidArgumentError("Write KEY=VALUE, for example tensor=1.");
   return [...all, text];
 }
 
@@ -73,7 +73,7 @@ async function runSearch(path: string, options: SearchArguments): Promise<void> 
     import("../search/choice.ts"),
     import("../codegen/targets.ts"),
   ]);
-  const fixed = { ...given, ...fixedKeys(options.fix) };
+  const fixed = { ...given, ...fixedKeys(options.fix, job) };
   const target = (await loadDeviceTargets())(job.cluster.device);
   const print = occasionalProgress();
   const { plans, reserve } = options;

@@ -54,8 +54,8 @@ export async function loadSearchJob(path: string, { set, overlay, gpus, device }
   return { job, fixed: {}, ...(world === parallel.world && { written: completeJob(read.data) }) };
 }
 
-/** Parses the values of `--fix`. Throws a Trouble if a key or a value is unknown. */
-export function fixedKeys(texts: readonly string[]): FixedKeys {
+/** Parses the values of `--fix`. Throws a Trouble if a key or a value is unknown, or if the job has no use for it. */
+export function fixedKeys(texts: readonly string[], job: Job): FixedKeys {
   const fixed: Partial<Record<SearchedKey, number | string>> = {};
   for (const text of texts) {
     const [name = "", value = ""] = text.split("=");
@@ -66,13 +66,19 @@ export function fixedKeys(texts: readonly string[]): FixedKeys {
     if (key === "recompute") {
       if (mode === undefined) throw new Trouble(`--fix ${text}: unknown value`, `write one of ${recomputeChoices.join(", ")}`);
       fixed.recompute = mode;
-    } else if (isSideKey(key)) fixed[key] = sideValue(key, value);
-    else if (/^[1-9]\d{0,5}$/.test(value)) fixed[key] = Number(value);
+    } else if (isSideKey(key)) {
+      fixed[key] = sideValue(key, value);
+      if (!job.model.moe && ofExperts.includes(key) && value !== "job" && value !== "none")
+        throw new Trouble(`--fix ${text}: the model has no experts`, "leave it out");
+    } else if (/^[1-9]\d{0,5}$/.test(value)) fixed[key] = Number(value);
     else throw new Trouble(`--fix ${text}: ${value} is not a number from 1 to 999,999`, `write ${key}=N`);
   }
   // each value has been checked against those of its key
   return fixed as FixedKeys;
 }
+
+/** Keys beside the mesh that change how rows reach experts. */
+const ofExperts: readonly SideKey[] = ["dispatch", "expert_overlap", "rows_bound"];
 
 const isSideKey = (key: SearchedKey): key is SideKey => sideKeys.some((side) => side === key);
 
@@ -82,8 +88,6 @@ function sideValue(key: SideKey, value: string): number | string {
   if (value === "job" || words.includes(value)) return value;
   const isNumber = key === "rows_bound" || key === "gradient_bucket";
   if (isNumber && /^\d{1,6}(\.\d{1,3})?$/.test(value) && Number(value) >= 1) return Number(value);
-  throw new Trouble(
-    `--fix ${key}=${value}: unknown value`,
-    `write ${["job", ...words.filter((word) => typeof word === "string"), ...(isNumber ? ["a number from 1"] : [])].join(", ")}`,
-  );
+  const known = ["job", ...words.filter((word) => typeof word === "string"), ...(isNumber ? ["a number from 1 to 999,999"] : [])];
+  throw new Trouble(`--fix ${key}=${value}: unknown value`, `write ${known.slice(0, -1).join(", ")} or ${known.at(-1)}`);
 }

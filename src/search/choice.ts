@@ -237,8 +237,8 @@ export function settingsOf(job: Job, choice: JobChoice): string[] {
     "parallel.distributed_optimizer=true",
     `parallel.layout=${layout ?? "null"}`,
     `train.micro_batch=${train.micro_batch}`,
-    ...(choice.dispatch === "job" ? [] : [`model.moe.dispatch=${model.moe?.dispatch}`]),
-    ...(choice.rows_bound === "job" ? [] : [`model.moe.rows_bound=${choice.rows_bound}`]),
+    ...(!model.moe || choice.dispatch === "job" ? [] : [`model.moe.dispatch=${model.moe.dispatch}`]),
+    ...(!model.moe || choice.rows_bound === "job" ? [] : [`model.moe.rows_bound=${choice.rows_bound}`]),
     ...(choice.expert_overlap === "job" ? [] : [`parallel.expert_overlap=${choice.expert_overlap}`]),
     ...(choice.schedule === "job" ? [] : [`parallel.schedule=${choice.schedule}`]),
     ...(choice.gradient_bucket === "job"

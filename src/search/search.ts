@@ -9,6 +9,7 @@ import type { Assumptions } from "../analysis/estimate/timedBlocks.ts";
 import type { GeneratedKernel } from "../codegen/kernelSpec.ts";
 import { cpu, type Target } from "../codegen/targets.ts";
 import { peakOf } from "../rules/all.ts";
+import { secondsText } from "../units.ts";
 import {
   choicesOf,
   type FixedKeys,
@@ -302,7 +303,7 @@ function isDone(judged: readonly Candidate[], ratios: readonly number[], seconds
 
 function bestText(judged: readonly Candidate[]): string {
   const best = Math.min(...judged.map(({ seconds }) => seconds));
-  return Number.isFinite(best) ? `${best.toFixed(2)} s a step` : "none that fits yet";
+  return Number.isFinite(best) ? `${secondsText(best)} a step` : "none that fits yet";
 }
 
 /** Returns the candidates that no other beats in both memory and time, by falling memory. */

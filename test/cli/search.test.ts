@@ -7,7 +7,7 @@ import { compile } from "../../src/compile.ts";
 import { readJob } from "../../src/frontend/readJobNow.ts";
 import { textWidth } from "../../src/report/textLayout.ts";
 import { peakOf } from "../../src/rules/all.ts";
-import { asInJob, choicesOf, jobWith, settingsOf, variantsOf } from "../../src/search/choice.ts";
+import { asInJob, choicesOf, type JobChoice, jobWith, settingsOf, variantsOf } from "../../src/search/choice.ts";
 import { alternativesOf, frontOf, search } from "../../src/search/search.ts";
 import { printSearch } from "../../src/search/searchText.ts";
 import { jobOf } from "../support/job.ts";
@@ -220,5 +220,21 @@ test("a bound of rows is lowered where a choice does not fit otherwise", () => {
 test("search refuses values that a key beside the mesh does not have", async () => {
   const job = ["plans/tiny-mixtral/job.yaml", "--device", "h100-80gb"];
   expect((await rankc("search", ...job, "--fix", "dispatch=twice")).err).toContain("write job, all_to_all, once");
-  expect((await rankc("search", ...job, "--fix", "rows_bound=0.5")).err).toContain("write job, a number from 1");
+  for (const value of ["0.5", "-1", "1e9", "1000000"])
+    expect((await rankc("search", ...job, "--fix", `rows_bound=${value}`)).err).toContain("write job or a number from 1 to 999,999");
+});
+
+test.each(["dispatch=once", "rows_bound=1.5", "expert_overlap=shared"])(
+  "search refuses --fix %s for a model without experts",
+  async (fix) => {
+    const dense = ["search", "plans/tiny-dense/job.yaml", "--device", "h100-80gb", "--plans", "1", "--fix"];
+    expect((await rankc(...dense, fix)).err).toContain(`--fix ${fix}: the model has no experts`);
+  },
+);
+
+test("a choice sets no key of experts in a model that has none", () => {
+  const { job: dense } = readJob(text.replace(/, moe: .*/, "}"), "dense.yaml", []);
+  if (!dense) throw new Error("the dense job is invalid");
+  const { value: choice } = choicesOf(dense, { dispatch: "once", rows_bound: 1.5 }).next();
+  expect(settingsOf(dense, choice as JobChoice).filter((set) => set.startsWith("model."))).toEqual([]);
 });
