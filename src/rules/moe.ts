@@ -12,6 +12,8 @@ function worstLoad({ top_k, experts, capacity, router }: Moe, expert: number): n
   return capacity === "dropless" ? all : Math.min(all, Math.max(1, capacity.factor));
 }
 
+const loadText = (load: number): string => String(Number(load.toFixed(2)));
+
 /** Rules of experts. */
 export const moe = [
   rule({
@@ -129,7 +131,7 @@ export const moe = [
       yield {
         at: "model.moe.rows_bound",
         related: ["parallel.expert"],
-        found: `rows_bound ${moe.rows_bound}; the worst case is ${worstLoad(moe, p.expert)} times the balanced load`,
+        found: `rows_bound ${moe.rows_bound}; the worst case is ${loadText(worstLoad(moe, p.expert))} times the balanced load`,
         fix: "use the worst case, which never overflows",
         safe: { "model.moe.rows_bound": "worst" },
       };
@@ -148,7 +150,7 @@ export const moe = [
       yield {
         at: "model.moe.rows_bound",
         found: `rows_bound ${moe.rows_bound}, so ${Math.round(100 * (moe.rows_bound - 1))} % above the balanced load`,
-        fix: `2 suits a balanced router; 'worst' is ${worst} here`,
+        fix: `2 suits a balanced router; 'worst' is ${loadText(worst)} here`,
         tries: [...(worst > 2 ? [{ "model.moe.rows_bound": 2 }] : []), { "model.moe.rows_bound": "worst" }],
       };
     },
