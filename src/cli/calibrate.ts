@@ -152,7 +152,7 @@ function deviceNamed({ backend, device }: CalibrateOptions): Device {
   if (backends[backend].target.name !== null)
     throw new Trouble(
       `calibrate has no job to measure on ${backend}`,
-      "name a job; those of the package, for --backend cuda, have the sizes of models",
+      "write --backend cuda, whose jobs are in the package and have the sizes of models, or name a job",
     );
   const found = deviceNames.find((name) => name === device && deviceOf(name).links !== null);
   if (found) return found;

@@ -202,7 +202,7 @@ test("the calibration jobs are valid, fit their devices' steps, and have attenti
 });
 
 test("calibrate without a job names what it needs", async () => {
-  expect((await rankc("calibrate", "-o", join(folder, "none.json"))).err).toContain("name a job; those of the package, for --backend cuda");
+  expect((await rankc("calibrate", "-o", join(folder, "none.json"))).err).toContain("write --backend cuda, whose jobs are in the package");
   expect((await rankc("calibrate", "--backend", "cuda", "-o", join(folder, "none.json"))).err).toContain("write --device, one of");
   expect((await rankc("calibrate", "--backend", "cuda", "--device", "cpu", "-o", join(folder, "none.json"))).err).toContain(
     "there is no device cpu",
