@@ -22,7 +22,10 @@ export interface JobSource {
   readonly source: Source;
 }
 
-/** Returns where a key is written: in the named job, in the job that was compiled, or in a file beside the plan, in the folder above or in the folder that the plan remembers, if it gives the same job. */
+/**
+ * Returns where a key is written: in the named job, in the job that was compiled, or in a file that gives the same job, beside the plan, in the
+ * folder above or in the folder that the plan remembers.
+ */
 export async function keyPlace(plan: Plan, path: string, searched: Searched): Promise<KeyPlace> {
   const found = await jobSource(plan, searched);
   return found ? placeIn(found.source, path) : { path };

@@ -89,8 +89,8 @@ export const splitRows = op({
 });
 
 /**
- * Merges `count` lists into one index of `bound` rows, sorted by (e, b, s); of equal rows those of the first list come first. The lists are sorted likewise, have stride `length` and hold at
- * most `cap` rows. The index ends with the row offsets of the local experts, the first of which is start(E). from[i] = list · cap + j is
+ * Merges `count` lists into one index of `bound` rows, sorted by (e, b, s); of equal rows those of the first list come first. The lists are
+ * sorted likewise, have stride `length` and hold at most `cap` rows. The index ends with the row offsets of the local experts, the first of which is start(E). from[i] = list · cap + j is
  * the origin of row i. `B0` and `S0` are the global sizes.
  */
 export const mergeRows = op({

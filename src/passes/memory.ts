@@ -148,7 +148,10 @@ export function scratchOf(program: Program, kernels: readonly Kernel[]): number 
   return Math.ceil(most / ALIGN) * ALIGN;
 }
 
-/** Bytes of scratch that a kernel may need whatever its operands: sums of parts, one for each multiprocessor. */
+/**
+ * Bytes of scratch that a kernel may need whatever its operands: sums of parts. A product in f32 has up to 64 MiB of them, but each part has a depth of
+ * at least 512, so that its operands bound what is beyond.
+ */
 const SCRATCH_OF_PARTS = 32 * 2 ** 20;
 
 /** Returns an upper bound of `scratchOf` for every target: no kernel has more scratch than twice its operands, beside sums of parts. */

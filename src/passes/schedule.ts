@@ -2,8 +2,9 @@
  * The order in which each stage runs its blocks. 1F1B: stage s starts with stages - s - 1 forwards, then alternates one forward and
  * one backward. Interleaved (Narayanan et al. 2021): 1F1B over chunks, with microbatches in groups of at least as many as there are
  * stages. Zero-bubble (Qi et al. 2023, ZB-H1): gradients of weights fill the bubbles; no stage holds more microbatches in flight than
- * the first stage does under 1F1B; over chunks, forwards and backwards have the order of the interleaved schedule. With `expert_overlap: interleave` the alternating forwards and backwards run in pairs: a stage then starts
- * with one forward more, and twice as many for each later stage, because a pair ends as a whole: what it sends is used one pair later.
+ * the first stage does under 1F1B; over chunks, forwards and backwards have the order of the interleaved schedule. With
+ * `expert_overlap: interleave` the alternating forwards and backwards run in pairs: a stage then starts with one forward more, and twice as
+ * many for each later stage, because a pair ends as a whole: what it sends is used one pair later.
  */
 
 import { phasesOf } from "../../schemas/batchRampup.ts";
