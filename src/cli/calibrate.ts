@@ -154,13 +154,12 @@ function deviceNamed({ backend, device }: CalibrateOptions): Device {
       `calibrate has no job to measure on ${backend}`,
       "write --backend cuda, whose jobs are in the package and have the sizes of models, or name a job",
     );
-  const found = deviceNames.find((name) => name === device && deviceOf(name).links !== null);
+  const known = deviceNames.filter((name) => deviceOf(name).target.startsWith("cuda:"));
+  const found = known.find((name) => name === device);
   if (found) return found;
-  const known = deviceNames.filter((name) => deviceOf(name).links !== null).join(", ");
-  throw new Trouble(
-    device === undefined ? "calibrate needs a job or a device" : `there is no device ${device}`,
-    `write --device, one of ${known}`,
-  );
+  const isNamed = deviceNames.some((name) => name === device);
+  const fault = isNamed ? `${backend} does not run on ${device}` : `there is no device ${device}`;
+  throw new Trouble(device === undefined ? "calibrate needs a job or a device" : fault, `write --device, one of ${known.join(", ")}`);
 }
 
 /** Returns batches of random tokens: what a kernel takes must not depend on tokens that repeat. */

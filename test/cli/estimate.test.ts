@@ -204,9 +204,10 @@ test("the calibration jobs are valid, fit their devices' steps, and have attenti
 test("calibrate without a job names what it needs", async () => {
   expect((await rankc("calibrate", "-o", join(folder, "none.json"))).err).toContain("write --backend cuda, whose jobs are in the package");
   expect((await rankc("calibrate", "--backend", "cuda", "-o", join(folder, "none.json"))).err).toContain("write --device, one of");
-  expect((await rankc("calibrate", "--backend", "cuda", "--device", "cpu", "-o", join(folder, "none.json"))).err).toContain(
-    "there is no device cpu",
-  );
+  const without = (device: string) => rankc("calibrate", "--backend", "cuda", "--device", device, "-o", join(folder, "none.json"));
+  expect((await without("h100")).err).toContain("there is no device h100");
+  for (const device of ["cpu", "mi300x-192gb"]) expect((await without(device)).err).toContain(`cuda does not run on ${device}`);
+  expect((await without("cpu")).err).not.toContain("mi300x");
 });
 
 test("a kernel of the first microbatch is calibrated as one that writes, those of later ones as ones that add", () => {
