@@ -83,7 +83,10 @@ async function measure(options: CalibrateOptions, own: Measured | undefined): Pr
     runs.push({ plan: measured.plan, steps: run.steps });
   }
   const [first] = runs;
-  if (!first) throw new Trouble(`no job of the package fits ${device}`, "name a job");
+  if (!first) {
+    const isChanged = options.set.length + options.overlay.length > 0;
+    throw new Trouble(`no job of the package can run on ${device}`, isChanged ? "correct or omit --set and -f" : "name a job");
+  }
   if (runs.every(({ steps }) => steps.length === 0))
     throw new Trouble(`the backend ${options.backend} has no clock for kernels here`, "measure another backend", 3);
   const { plan } = first;

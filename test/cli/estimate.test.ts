@@ -205,6 +205,8 @@ test("calibrate without a job names what it needs", async () => {
   expect((await rankc("calibrate", "-o", join(folder, "none.json"))).err).toContain("write --backend cuda, whose jobs are in the package");
   expect((await rankc("calibrate", "--backend", "cuda", "-o", join(folder, "none.json"))).err).toContain("write --device, one of");
   const without = (device: string) => rankc("calibrate", "--backend", "cuda", "--device", device, "-o", join(folder, "none.json"));
+  const all = ["calibrate", "--backend", "cuda", "--device", "a10-24gb", "--set", "model.layers=abc", "-o", join(folder, "none.json")];
+  expect((await rankc(...all)).err).toContain("correct or omit --set");
   expect((await without("h100")).err).toContain("there is no device h100");
   for (const device of ["cpu", "mi300x-192gb"]) expect((await without(device)).err).toContain(`cuda does not run on ${device}`);
   expect((await without("cpu")).err).not.toContain("mi300x");
