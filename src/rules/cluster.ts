@@ -75,7 +75,7 @@ export const cluster = [
   rule({
     code: "C504",
     title: "expert groups cross nodes",
-    why: "Dispatch and combine move every routed row twice in each layer, forward and backward. Between nodes a GPU has about a tenth of the bandwidth that it has within a node.",
+    why: "Dispatch and combine move every routed row twice in each layer, forward and backward; with dispatch: once_per_node, a row for each token and node. Between nodes a GPU has about a tenth of the bandwidth that it has within a node.",
     level: "warning",
     *check(job) {
       const { expert, expert_tensor: etp } = job.parallel;
@@ -85,7 +85,7 @@ export const cluster = [
         at: expert > 1 ? "parallel.expert" : "parallel.expert_tensor",
         related: ["cluster.gpus_per_node"],
         found: `expert ${expert}${etp > 1 ? ` x expert_tensor ${etp}` : ""} = ${expert * etp} neighbouring ranks on nodes of ${gpus} GPUs`,
-        fix: `expert x expert_tensor should divide ${gpus}; if the experts of a node do not fit its memory, write allow: [C504], and dispatch: once_per_node sends a token once to each node`,
+        fix: `expert x expert_tensor should divide ${gpus}; if the experts of a node do not fit its memory, write allow: [C504]${job.model.moe.dispatch === "once_per_node" ? "" : ", and dispatch: once_per_node sends a token once to each node"}`,
         // fewer expert ranks hold more experts each: a fix is proposed only if the job certainly fits, or C510 would undo it
         tries: [
           ...divisorsNear(gpus, expert).map((e) => ({ "parallel.expert": e, "parallel.expert_tensor": 1 })),

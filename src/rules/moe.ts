@@ -158,7 +158,7 @@ export const moe = [
   }),
   rule({
     code: "E444",
-    title: "dispatch: once saves nothing",
+    title: "a token sent once saves nothing",
     why: "A token is sent once to each rank, or to each node, that has several of its experts. With expert 1 no row is sent, and with top_k 1 a token has one expert.",
     level: "warning",
     *check({ model: { moe }, parallel: p }) {
@@ -166,7 +166,7 @@ export const moe = [
       yield {
         at: "model.moe.dispatch",
         related: ["parallel.expert", "model.moe.top_k"],
-        found: p.expert === 1 ? "expert 1" : "top_k 1",
+        found: `dispatch: ${moe.dispatch} with ${p.expert === 1 ? "expert 1" : "top_k 1"}`,
         fix: "leave it out: the numbers are the same",
         safe: { "model.moe.dispatch": "all_to_all" },
       };
