@@ -71,3 +71,6 @@ export const rateText = (perSecond: number): string =>
   perSecond >= 1e12 ? `${(perSecond / 1e12).toPrecision(3)} TFLOP/s` : `${(perSecond / 1e9).toPrecision(3)} GFLOP/s`;
 /** Formats a share: `41.2 %`. */
 export const percentOf = (share: number): string => `${(100 * share).toFixed(1)} %`;
+
+/** Returns the axes of which a collective spans ranks: `ep` for `ep/4@2`, a part of it, and `tp`, `dp` for `tp*dp`. */
+export const wholeAxes = (axes: string): string[] => [...new Set(axes.split("*").map((axis) => axis.replace(/\/.*/, "")))];

@@ -1,7 +1,7 @@
 /** What is known about the selection, beside every panel: why it exists, its line of the job, bytes, ranks, time slots. */
 
 import type { ComponentChildren } from "preact";
-import { bytesText, countText, plural } from "../units.ts";
+import { bytesText, countText, plural, wholeAxes } from "../units.ts";
 import { sourceOf, targetOf } from "./dependencies.ts";
 import { Heading, JobLines, MiniMesh, TimeSlots } from "./detailParts.tsx";
 import { InstructionDetails } from "./instructionDetails.tsx";
@@ -86,7 +86,7 @@ function AxisDetails({ of: { axis } }: Of<"axis">) {
   const view = shown.view.inspection.mesh.axes.find((a) => a.axis === axis);
   const role = shown.view.inspection.roles[stage.value];
   const sent = (role?.collectives ?? [])
-    .filter(({ axes }) => axes.split("*").includes(axis))
+    .filter(({ axes }) => wholeAxes(axes).includes(axis))
     .sort((a, b) => b.bytes_per_step - a.bytes_per_step)
     .slice(0, 8);
   return (

@@ -1,6 +1,6 @@
 /** What a change costs, the gravest first: whether the plan still fits, groups that leave nodes, bytes by link, memory, work. */
 import { devices } from "../../schemas/devices.ts";
-import { bytesText, countText, flopsText, largest, secondsText } from "../units.ts";
+import { bytesText, countText, flopsText, largest, secondsText, wholeAxes } from "../units.ts";
 import type { Inspection } from "./inspect.ts";
 import { type AxisTraffic, axisTitle, busiestTraffic } from "./overview.ts";
 import { type PlacementChange, placedText } from "./placementChanges.ts";
@@ -86,7 +86,7 @@ function moveConsequence(b: Inspection, { axis, old, new: now, moved }: Placemen
   if (moved === "stays" || (old.ranks === 1 && now.ranks === 1)) return [];
   const used = b.roles.some(
     ({ collectives, transfers }) =>
-      collectives.some(({ axes }) => axes.split("*").includes(axis)) || (axis === "pp" && transfers.length > 0),
+      collectives.some(({ axes }) => wholeAxes(axes).includes(axis)) || (axis === "pp" && transfers.length > 0),
   );
   const does = {
     "leaves the node": "leave the node",
@@ -104,16 +104,21 @@ function moveConsequence(b: Inspection, { axis, old, new: now, moved }: Placemen
   ];
 }
 
-/** Bytes of the busiest stage by axes and by link. */
+/** Sums the rows of an axis and of its parts. */
+function trafficOf(rows: readonly AxisTraffic[], axis: string): Pick<AxisTraffic, "inside" | "across"> {
+  const own = rows.filter(({ axes }) => wholeAxes(axes).join("*") === axis);
+  return { inside: own.reduce((sum, row) => sum + row.inside, 0), across: own.reduce((sum, row) => sum + row.across, 0) };
+}
+
+/** Bytes of the busiest stage by axes and by link; parts of an axis are counted as the axis. */
 function trafficChanges(a: Inspection, b: Inspection): Consequence[] {
   const [old, now] = [busiestTraffic(a).rows, busiestTraffic(b).rows];
   const { links } = devices[b.device.name as keyof typeof devices] ?? { links: null };
   const seconds = (t: Pick<AxisTraffic, "inside" | "across">): number =>
     t.inside / (links?.host ?? 450e9) + t.across / (links?.network ?? 50e9);
-  const none = { inside: 0, across: 0 };
-  const axes = [...new Set([...old, ...now].map((t) => t.axes))];
+  const axes = [...new Set([...old, ...now].map((t) => wholeAxes(t.axes).join("*")))];
   const one = (axis: string): Consequence[] => {
-    const [from, to] = [old.find((t) => t.axes === axis) ?? none, now.find((t) => t.axes === axis) ?? none];
+    const [from, to] = [trafficOf(old, axis), trafficOf(now, axis)];
     const delta = seconds(to) - seconds(from);
     if (linkChange(from, to) === "") return [];
     return [

@@ -188,3 +188,11 @@ test("the picture of 1F1B: forward follows the previous stage, backward the next
     stage 1 | .  F0 B0 -- F1 B1 -- F2 B2 -- .  ."
   `);
 });
+
+test("diff sums the traffic of the parts of an axis: both exchanges of once_per_node are those of expert ranks", () => {
+  const mesh = ["parallel.pipeline=1", "parallel.tensor=1", "parallel.sequence=false", "parallel.expert=4", "cluster.gpus_per_node=2"];
+  const [each, once] = [planOf(...mesh), planOf(...mesh, "model.moe.dispatch=once_per_node")];
+  const lines = printDiff(diffPlans(each, once)).replace(/\s+/g, " ");
+  expect(lines).toMatch(/expert \(ep\) traffic a step: [\d.]+ KiB -> [\d.]+ KiB \(-\d+ %\) across nodes/);
+  expect(lines).not.toMatch(/ep\/\d+@\d+ traffic/);
+});
