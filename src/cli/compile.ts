@@ -7,7 +7,7 @@ import { cudaArchOf } from "../codegen/targetNames.ts";
 import { type Stage, stages, stageTexts } from "../passes/passNames.ts";
 import { compileAt, dataDirEntry, jobTextAt, loadPlan, planFile, readJobAt } from "./loadPlan.ts";
 import { asWritten, type JobOptions, type ProcessExit, withExamples, withFormat, withSet, withTarget } from "./options.ts";
-import { endProgress, printJson, printProgress, printReport, printStderr, printStdout } from "./output.ts";
+import { endProgress, occasionalProgress, printJson, printProgress, printReport, printStderr, printStdout } from "./output.ts";
 import { expectWritableFolder, writeFolder } from "./outputFiles.ts";
 import { type FindingFormat, findingFormats, printFindingsAs, shownFindings } from "./printFindings.ts";
 
@@ -112,7 +112,8 @@ async function withCubins(plan: Plan, sources: ReadonlyMap<string, string>, out:
     return [plan, new Map()];
   }
   const units = plan.kernels.map((k) => ({ kernel: k.id, text: entryOf(sources, sourceOf(k).file, "source"), cubin: cubinFile(k, arch) }));
-  const onProgress = (done: number, of: number): void => printProgress(`nvcc: ${done} of ${of} kernels`);
+  const print = occasionalProgress();
+  const onProgress = (done: number, of: number): void => (done === of ? printProgress : print)(`nvcc: ${done} of ${of} kernels`);
   const cubins = await makeCubins(units, { arch, options: compileOptions, onProgress, known: await cubinsAt(out) });
   endProgress();
   return [
