@@ -2,7 +2,7 @@ import { type Command, InvalidArgumentError } from "commander";
 import { deviceNames, deviceOf } from "../../schemas/devices.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import { bytesText } from "../units.ts";
-import { atLeastOne, type CommonOptions, withExamples, withFormat, withSet } from "./options.ts";
+import { atLeastOne, type CommonOptions, type ProcessExit, withExamples, withFormat, withSet } from "./options.ts";
 import { endProgress, occasionalProgress, printJson, printReport, reportWidth } from "./output.ts";
 
 interface SearchArguments extends CommonOptions {
@@ -16,8 +16,8 @@ interface SearchArguments extends CommonOptions {
   readonly reserve?: number;
 }
 
-/** Registers `search`: the fastest mesh for a job. */
-export function registerSearch(program: Command): void {
+/** Registers `search`: the fastest mesh for a job; exit 1 if none fits. */
+export function registerSearch(program: Command, exit: ProcessExit): void {
   withExamples(
     withSet(withFormat(program.command("search").description("find the fastest mesh for a job that fits its device")))
       .argument("<job>", "the YAML file of a job; its degrees are replaced, or those alone that are auto")
@@ -40,7 +40,9 @@ export function registerSearch(program: Command): void {
     "search job.yaml",
     "search job.yaml --gpus 64 --device h100-80gb",
     "search job.yaml --fix tensor=1 --top 5 --format json",
-  ).action(runSearch);
+  ).action(async (path: string, options: SearchArguments) => {
+    if (!(await runSearch(path, options))) exit.setCode(1);
+  });
 }
 
 function gibibytes(text: string): number {
@@ -54,7 +56,8 @@ function given(text: string, all: readonly string[]): string[] {
   return [...all, text];
 }
 
-async function runSearch(path: string, options: SearchArguments): Promise<void> {
+/** Searches and prints the report. Returns whether a choice fits. */
+async function runSearch(path: string, options: SearchArguments): Promise<boolean> {
   const { fixedKeys, loadSearchJob } = await import("./searchJob.ts");
   const { device } = options;
   if (device !== undefined && !deviceNames.some((name) => name === device))
@@ -97,7 +100,9 @@ async function runSearch(path: string, options: SearchArguments): Promise<void> 
   if (options.format === "json") {
     const { best, ...rest } = result;
     const named = best.slice(0, options.top).map((candidate) => ({ ...candidate, set: settingsOf(job, candidate.choice) }));
-    return printJson({ format_version: "1.0", device: job.cluster.device, ranks: job.parallel.world, best: named, ...rest });
+    printJson({ format_version: "1.0", device: job.cluster.device, ranks: job.parallel.world, best: named, ...rest });
+    return best.length > 0;
   }
   printReport(printSearch(job, result, { top: options.top, width: reportWidth(), fixed }).join("\n"));
+  return result.best.length > 0;
 }

@@ -167,7 +167,9 @@ test("bad input of a search is refused with its way out: a key named twice, a re
   expect((await rankc(...at, "--fix", "tensor=2", "--fix", "tensor=4")).err).toContain("--fix names tensor twice");
   expect((await rankc(...at, "--reserve", "100")).err).toContain("--reserve leaves nothing of the 80.0 GiB of h100-80gb");
   expect((await rankc(...at, "--reserve", "much")).err).toContain('--reserve is "much": write GiB, for example 2.5');
-  const { out } = await rankc(...at, "--fix", "tensor=3");
+  const { out, exit } = await rankc(...at, "--fix", "tensor=3");
+  expect(exit).toBe(1);
+  expect((await rankc(...at, "--fix", "tensor=3", "--format", "json")).exit).toBe(1);
   const words = out.replace(/\s+/g, " ");
   expect(words).toContain("no choice exists: degrees must divide the ranks and the heads");
   expect(words).toContain("no choice remains with --fix tensor=3");
