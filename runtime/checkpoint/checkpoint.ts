@@ -10,7 +10,7 @@ import type { Plan } from "../../schemas/plan.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import type { RunProgress } from "../train/stepParameters.ts";
 import { checkpointState } from "./checkpointState.ts";
-import { expectAllowed, type Mismatch, modelDifferences, surplusMismatches } from "./mismatch.ts";
+import { expectAllowed, type Mismatch, modelDifferences, roundingNotes, surplusMismatches } from "./mismatch.ts";
 import { openSafetensors, type Safetensors } from "./safetensors.ts";
 import { type SavedTensors, savedTensors } from "./savedTensors.ts";
 import { type CheckpointText, readCheckpointText, TEXT } from "./snapshotFile.ts";
@@ -95,8 +95,9 @@ export function openCheckpoint(at: string): OpenCheckpoint {
         );
       const { mismatches, notes } = modelDifferences(model(), plan.job.model);
       const held = tensorDifferences(tensors, plan, only);
+      const rounded = only === undefined ? roundingNotes(job.train, plan.job.train) : [];
       const fix = "resume with the saved model and optimizer; the mesh may differ";
-      return [...notes, ...held.notes, ...expectAllowed(at, [...mismatches, ...held.mismatches], allowed, fix)];
+      return [...notes, ...rounded, ...held.notes, ...expectAllowed(at, [...mismatches, ...held.mismatches], allowed, fix)];
     },
   };
 }

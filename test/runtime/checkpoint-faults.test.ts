@@ -53,6 +53,18 @@ describe("faults", () => {
     expect(await said({ resume: folder })).toContain("it was cut");
   });
 
+  test("a resumed run states the keys of train that round differently", async () => {
+    await run(jobWith({ world: 1 }, { precision: "fp32" }), 1, { save: folder });
+    const { expectFor } = openCheckpoint(chooseCheckpoint(folder).at);
+    const notesFor = (train: object): readonly string[] => expectFor(compile(jobWith({ world: 1 }, train)).plan, []);
+    expect(notesFor({ precision: "fp32" })).toEqual([]);
+    expect(notesFor({ precision: "fp32", matmul: "tf32" })).toEqual(['train.matmul is "f32" in the checkpoint, "tf32" in the job']);
+    expect(notesFor({ precision: "bf16", gradients: "bf16" })).toEqual([
+      'train.precision is "fp32" in the checkpoint, "bf16" in the job',
+      'train.gradients is "f32" in the checkpoint, "bf16" in the job',
+    ]);
+  });
+
   test("every key of the model that changes numbers, and every tensor without use", full, async () => {
     const router = { score: "sigmoid", groups: 2, group_top_k: 1, group_scores: 1, aux_coeff: 0.01 };
     const moe = { experts: 4, top_k: 2, ffn: 16, router, shared: { ffn: 16 } };
