@@ -116,10 +116,29 @@ function interleaved(m: number, stages: number, chunks: number, stage: number, i
   );
 }
 
-/** A stage of a simulated zero-bubble schedule: its order so far, and the times at which its forwards and backwards end. */
+const kindNumbers: Readonly<Record<BlockRun["kind"], number>> = { forward: 0, backward: 1, weights: 2 };
+
+/** Returns the virtual stage of a block that a stage runs. */
+const virtualOf = ({ chunk }: BlockRun, stage: number, stages: number): number => chunk * stages + stage;
+
+/** Returns the number of a block of a virtual stage among all blocks of a pipeline. */
+const blockNumber = ({ kind, microbatch }: Pick<BlockRun, "kind" | "microbatch">, virtual: number, virtualStages: number): number =>
+  (microbatch * virtualStages + virtual) * 3 + kindNumbers[kind];
+
+/**
+ * Returns the numbers of the blocks that a block waits for: a forward for the previous virtual stage, a backward for its forward and the next virtual
+ * stage, weight gradients for their backward.
+ */
+function blocksBefore({ kind, microbatch }: BlockRun, virtual: number, virtualStages: number): number[] {
+  const before = (kind: BlockRun["kind"], of: number): number => blockNumber({ kind, microbatch }, of, virtualStages);
+  if (kind === "forward") return virtual > 0 ? [before("forward", virtual - 1)] : [];
+  if (kind === "weights") return [before("backward", virtual)];
+  return [before("forward", virtual), ...(virtual < virtualStages - 1 ? [before("backward", virtual + 1)] : [])];
+}
+
+/** A stage of a simulated zero-bubble schedule: its order so far, and how many blocks of each kind are in it. */
 interface ZeroBubbleStage {
   readonly order: BlockRun[];
-  readonly ends: Map<string, number>;
   forwards: number;
   backwards: number;
   weights: number;
@@ -132,43 +151,33 @@ interface ZeroBubbleStage {
  */
 function zeroBubble(m: number, stages: number, chunks: number): BlockRun[][] {
   const visits = visitsOf(m, stages, chunks);
-  const simulated = Array.from(
-    { length: stages },
-    (): ZeroBubbleStage => ({ order: [], ends: new Map(), forwards: 0, backwards: 0, weights: 0 }),
-  );
-  const key = ({ kind, microbatch, chunk }: BlockRun): string => `${kind} ${microbatch} ${chunk}`;
-  /** Returns whether a block of a virtual stage has ended by time `now`. */
-  const hasEnded = (run: BlockRun, virtual: number, now: number): boolean =>
-    (simulated[virtual % stages]?.ends.get(key({ ...run, chunk: Math.floor(virtual / stages) })) ?? Infinity) <= now;
+  const simulated = Array.from({ length: stages }, (): ZeroBubbleStage => ({ order: [], forwards: 0, backwards: 0, weights: 0 }));
+  const virtualStages = stages * chunks;
+  const ends = new Map<number, number>();
   for (let now = 0; simulated.some((p) => p.weights < visits.length); now++)
     for (const [s, own] of simulated.entries()) {
+      const virtual = (run: BlockRun): number => virtualOf(run, s, stages);
       const next = nextBlock(own, visits, chunks, {
         inFlight: aheadOf(m, stages, chunks, s) + 1,
         later: chunks > 1 ? 2 * s : s,
-        canForward: (run) => run.chunk + s === 0 || hasEnded(run, run.chunk * stages + s - 1, now),
-        canBackward: (run) => {
-          const virtual = run.chunk * stages + s;
-          const isLast = virtual === stages * chunks - 1;
-          return hasEnded({ ...run, kind: "forward" }, virtual, now) && (isLast || hasEnded(run, virtual + 1, now));
-        },
+        isReady: (run) => blocksBefore(run, virtual(run), virtualStages).every((block) => (ends.get(block) ?? Infinity) <= now),
       });
       if (!next) continue;
       own.order.push(next);
-      own.ends.set(key(next), now + 1);
+      ends.set(blockNumber(next, virtual(next), virtualStages), now + 1);
       own[counters[next.kind]]++;
     }
   return simulated.map((p) => p.order);
 }
 const counters = { forward: "forwards", backward: "backwards", weights: "weights" } as const;
 
-/** Limits of a stage, and what its neighbours have ended. */
+/** Limits of a stage, and whether all that a block waits for has ended. */
 interface Readiness {
   /** The most forwards without their backward. */
   readonly inFlight: number;
   /** The most backwards without their weight gradients while forwards remain. */
   readonly later: number;
-  readonly canForward: (run: BlockRun) => boolean;
-  readonly canBackward: (run: BlockRun) => boolean;
+  readonly isReady: (run: BlockRun) => boolean;
 }
 
 /** Returns the block that a stage runs next; undefined if it waits. */
@@ -180,8 +189,8 @@ function nextBlock(own: ZeroBubbleStage, visits: readonly Visit[], chunks: numbe
     return visit && run(visit.microbatch, isReverse ? chunks - 1 - visit.chunk : visit.chunk);
   };
   const [toForward, toBackward] = [at(f, forward, false), at(b, backward, true)];
-  const canForward = toForward && f - b < ready.inFlight && ready.canForward(toForward);
-  const canBackward = toBackward && ready.canBackward(toBackward);
+  const canForward = toForward && f - b < ready.inFlight && ready.isReady(toForward);
+  const canBackward = toBackward && ready.isReady(toBackward);
   const toWeights = w < b ? at(w, weights, true) : undefined;
   if (b - w > ready.later && last === "backward" && toForward) return toWeights;
   if (canForward && last !== "forward") return toForward;
@@ -212,24 +221,17 @@ export interface Piece {
 /** Returns the duration of a block run. A backward without weight gradients takes half as long as a whole one. */
 const unitsOf = ({ kind }: BlockRun, split: boolean): number => (kind === "backward" && !split ? 2 : 1);
 
-const kindNumbers: Readonly<Record<BlockRun["kind"], number>> = { forward: 0, backward: 1, weights: 2 };
-
 /**
- * Simulates a pipeline and returns the block runs of each stage with their times. Each stage runs its order; transfers take no time. A
- * forward waits for the previous virtual stage, a backward for its forward and the next virtual stage, weight gradients for their
- * backward. The block runs of a pair begin when both may, and others wait for the end of both. A stage that would wait for ever stops: its result is then shorter than its order. `lengthOf` returns the duration of a block run.
+ * Simulates a pipeline and returns the block runs of each stage with their times. Each stage runs its order; transfers take no time, and
+ * blocks wait for those of `blocksBefore`. The block runs of a pair begin when both may, and others wait for the end of both. A stage that would wait
+ * for ever stops: its result is then shorter than its order. `lengthOf` returns the duration of a block run.
  */
 export function timesOf(orders: readonly (readonly BlockRun[])[], chunks: number, lengthOf = unitsOf): Piece[][] {
   const stages = orders.length;
   const split = orders.some((order) => order.some(({ kind }) => kind === "weights"));
+  const virtualStages = stages * chunks;
   const ends = new Map<number, number>();
   const simulated = orders.map((order) => ({ order, pieces: [] as Piece[], clock: 0 }));
-  const key = (kind: BlockRun["kind"], microbatch: number, v: number): number => (microbatch * stages * chunks + v) * 3 + kindNumbers[kind];
-  const needs = ({ kind, microbatch }: BlockRun, v: number): number[] => {
-    if (kind === "forward") return v > 0 ? [key("forward", microbatch, v - 1)] : [];
-    if (kind === "weights") return [key("backward", microbatch, v)];
-    return [key("forward", microbatch, v), ...(v < stages * chunks - 1 ? [key("backward", microbatch, v + 1)] : [])];
-  };
   for (let moved = true; moved; ) {
     moved = false;
     for (const [stage, own] of simulated.entries())
@@ -238,7 +240,7 @@ export function timesOf(orders: readonly (readonly BlockRun[])[], chunks: number
         const group = next ? [run, next] : [run];
         let start: number | undefined = own.clock;
         for (const r of group)
-          for (const need of needs(r, r.chunk * stages + stage)) {
+          for (const need of blocksBefore(r, virtualOf(r, stage, stages), virtualStages)) {
             const end = ends.get(need);
             start = end === undefined || start === undefined ? undefined : Math.max(start, end);
           }
@@ -248,7 +250,7 @@ export function timesOf(orders: readonly (readonly BlockRun[])[], chunks: number
           own.pieces.push({ run: r, start, end });
           start = end;
         }
-        for (const { kind, microbatch, chunk } of group) ends.set(key(kind, microbatch, chunk * stages + stage), start);
+        for (const r of group) ends.set(blockNumber(r, virtualOf(r, stage, stages), virtualStages), start);
         own.clock = start;
         moved = true;
       }
