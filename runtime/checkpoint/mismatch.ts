@@ -41,7 +41,7 @@ export function modelDifferences(saved: Model, asked: Model): { readonly mismatc
 /** Keys of `train` that change how numbers are rounded. A checkpoint of a rankc without such a key has f32. */
 const rounding = ["precision", "matmul", "gradients", "gradient_reduction"] as const;
 
-/** Lists the keys of two train sections that round differently: a run may change them, and its losses then differ in their last places. */
+/** Lists the keys of two train sections that round differently: a run may change them, and its losses then differ by rounding. */
 export function roundingNotes(saved: Readonly<Record<string, unknown>>, asked: Job["train"]): string[] {
   return rounding.flatMap((key) => {
     const [a, b] = [saved[key] ?? "f32", asked[key] ?? "f32"];

@@ -10,14 +10,14 @@ export class ReusedMemory {
   #from = 0;
   #to = 0;
 
-  /** The memory that \`view\` makes views of. */
+  /** The memory that `view` makes views of. */
   get buffer(): ArrayBuffer {
     return this.#buffer;
   }
 
   /**
    * Prepares a read of bytes [from, to) of a tensor. Bytes of the read before with which it begins are moved to the begin of the memory;
-   * returns how many. Until \`hold\` the memory has no bytes of use, as the read may fail.
+   * returns how many. Until `hold` the memory has no bytes of use, as the read may fail.
    */
   begin(name: string, from: number, to: number): number {
     const isKnown = this.#name === name && from >= this.#from && from < this.#to;
@@ -37,7 +37,7 @@ export class ReusedMemory {
     return new Uint8Array(this.#buffer, 0, bytes);
   }
 
-  /** Says that the memory has bytes [from, to) of a tensor, which are checked. */
+  /** Records that the memory has bytes [from, to) of a tensor, which are checked. */
   hold(name: string, from: number, to: number): void {
     [this.#name, this.#from, this.#to] = [name, from, to];
   }
