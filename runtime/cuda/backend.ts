@@ -19,7 +19,7 @@ import { archFor, type KernelFiles, loadKernels } from "./kernels.ts";
 import { binder } from "./launches.ts";
 import { CudaRankDevice } from "./rankDevice.ts";
 import { RowBounds } from "./rowBounds.ts";
-import { type Label, RankStreams, type Timed } from "./streams.ts";
+import { type Label, RankStreams, type Timed, type TimedWork } from "./streams.ts";
 import { Waits } from "./waits.ts";
 import { Weights } from "./weights.ts";
 
@@ -32,8 +32,8 @@ export interface CudaSettings {
   readonly share: Share;
   /** Replay steps as a CUDA graph. Only without it can values be read within a step. */
   readonly graph?: boolean;
-  /** Record the times of every instruction of the last step; disables the graph. */
-  readonly profile?: boolean;
+  /** The instructions of the last step whose times are recorded; anything but false disables the graph. Default: none. */
+  readonly profile?: TimedWork;
   readonly startup?: StartupClock;
   readonly onProgress?: (line: string) => void;
   /** Aborted when another rank fails: pending communication then ends immediately. */
@@ -45,9 +45,9 @@ export interface CudaRanks extends LocalRanks {
   beginStep(microbatches: number, kind?: StepKind): boolean;
   /** Returns the fraction of the time between the last two replays in which the device waited for the host. */
   idle(): number | undefined;
-  /** With `profile`: the instructions of the last step in issue order, times in µs from its begin. */
+  /** With `profile`: the timed instructions of the last step in issue order, times in µs from its begin. */
   profile(): (Timed & { readonly rank: number })[];
-  /** With `profile`: the first instruction of this step that the device has not completed. */
+  /** With `profile`: the first timed instruction of this step that the device has not completed. */
   underWay(): Label | undefined;
 }
 
@@ -66,7 +66,7 @@ export async function openCuda(plan: Plan, settings: CudaSettings): Promise<Cuda
   const waits = new Waits(context, streams.compute.stream, () => signal?.throwIfAborted());
   const comm = await openComm({ plan, rank, context, streams, place: arenas.place, share, settled: () => waits.settled() });
   waits.add(() => comm.check());
-  const steps = new Steps(context, streams.compute.stream, { graph: settings.graph !== false && !profile });
+  const steps = new Steps(context, streams.compute.stream, { graph: settings.graph !== false && profile === false });
   const bind = binder({ plan, rank, program, context, arenas, kernels });
   const bounds = new RowBounds(context, program, arenas);
   const weights = new Weights({ plan, context, streams, kernels });

@@ -43,8 +43,12 @@ interface Pending extends Touch {
   readonly id: string | undefined;
 }
 
-/** Times of work since the last `begin(true)`. */
+/** Which instructions of a step are timed: all, none, or those whose id fulfills the predicate. An event between two kernels delays the second by 1 to 3 µs. */
+export type TimedWork = boolean | ((id: string) => boolean);
+
+/** Times of work since the last `begin` with `timedWork`. */
 interface Timing {
+  readonly wanted: (id: string) => boolean;
   readonly began: Event;
   readonly marks: { readonly label: Label; readonly rankStream: RankStream; readonly from: Event; readonly to: Event }[];
   /** Events of earlier steps, for reuse. */
@@ -117,19 +121,20 @@ export class RankStreams {
     this.#waitFor(this.#compute, "everything");
   }
 
-  /** Clears completed work, so that a capture does not wait for it. */
-  begin(profile: boolean): void {
+  /** Clears completed work, so that a capture does not wait for it. `timedWork`: what is timed from here on. */
+  begin(timedWork: TimedWork): void {
     for (const rankStream of this.#streams.values()) rankStream.seen = -1;
     const before = this.#timing;
     const spare = before ? [...before.spare, before.began, ...eventsOf(before)] : [];
     this.#timing = undefined;
-    if (!profile) return;
+    if (timedWork === false) return;
+    const wanted = timedWork === true ? () => true : timedWork;
     const began = spare.pop() ?? this.#context.createEvent();
-    this.#timing = { began, marks: [], spare };
+    this.#timing = { wanted, began, marks: [], spare };
     this.#context.record(began, this.#compute.stream);
   }
 
-  /** Returns the times of all work since the last `begin(true)`, in issue order. All work must be complete. */
+  /** Returns the times of the timed work since the last `begin`, in issue order. All work must be complete. */
   timed(): Timed[] {
     if (!this.#timing) return [];
     const { began, marks } = this.#timing;
@@ -141,7 +146,7 @@ export class RankStreams {
     }));
   }
 
-  /** Returns the first incomplete work since the last `begin(true)`, in issue order. */
+  /** Returns the first incomplete timed work since the last `begin`, in issue order. */
   underWay(): Label | undefined {
     return this.#timing?.marks.find(({ to }) => !this.#context.happened(to))?.label;
   }
@@ -181,9 +186,9 @@ export class RankStreams {
     this.#pending = this.#pending.filter((p) => !over(p));
   }
 
-  /** Issues work; in a profiled step records events around named work. */
+  /** Issues work; records events around it if it is timed. */
   #issueTimed(label: Label | undefined, rankStream: RankStream, issue: (stream: Stream) => void): void {
-    if (!this.#timing || !label) {
+    if (!this.#timing || !label || !this.#timing.wanted(label.id)) {
       issue(rankStream.stream);
       return;
     }
