@@ -165,7 +165,7 @@ interface CudaAttentionPlainGradCu {
 interface CudaAttentionRandomCuh {
   readonly factor: string | number;
   readonly group: string | number;
-  readonly keysAligned4: string | number;
+  readonly inBlocksOf16: string | number;
   readonly philox: string | number;
   readonly threshold: string | number;
   readonly zigzag: boolean;
@@ -940,7 +940,7 @@ interface WgslAttentionWgsl {
   readonly moved: boolean;
   readonly name: string | number;
   readonly part: boolean;
-  readonly passes: readonly { readonly block: string | number; readonly byQueries: boolean; readonly columnHead: string | number; readonly entry: string | number; readonly four: readonly { readonly letter: string | number; readonly number: string | number }[]; readonly gradient: boolean; readonly group: string | number; readonly heads: string | number; readonly headsOfOne: string | number; readonly index: string | number; readonly logSum: string | number; readonly online: boolean; readonly places: string | number; readonly rescaled: readonly { readonly letter: string | number; readonly sum: string | number }[]; readonly results: readonly { readonly c: string | number; readonly letter: string | number; readonly to: string | number; readonly value: string | number }[]; readonly rowHead: string | number; readonly runtimeAttrs: string | number; readonly scores: readonly { readonly column: string | number; readonly columnRuns: string | number; readonly columnsAt: string | number; readonly products: readonly { readonly letter: string | number; readonly name: string | number }[]; readonly row: string | number; readonly rowRuns: string | number; readonly runsOfStep: string | number; readonly step: string | number; readonly wide: string | number }[]; readonly start: string | number; readonly sums: readonly (string | number)[]; readonly weighted: readonly { readonly adds: readonly { readonly letter: string | number; readonly sum: string | number; readonly value: string | number }[]; readonly channelWords: string | number; readonly column: string | number; readonly laneRuns: string | number; readonly lanes: string | number; readonly reads: readonly { readonly at: string | number; readonly name: string | number }[]; readonly words: readonly { readonly name: string | number; readonly number: string | number }[] }[] }[];
+  readonly passes: readonly { readonly block: string | number; readonly byQueries: boolean; readonly columnHead: string | number; readonly draws: string | number; readonly entry: string | number; readonly four: readonly { readonly letter: string | number; readonly number: string | number }[]; readonly gradient: boolean; readonly group: string | number; readonly heads: string | number; readonly headsOfOne: string | number; readonly index: string | number; readonly logSum: string | number; readonly online: boolean; readonly places: string | number; readonly rescaled: readonly { readonly letter: string | number; readonly sum: string | number }[]; readonly results: readonly { readonly c: string | number; readonly letter: string | number; readonly to: string | number; readonly value: string | number }[]; readonly rowHead: string | number; readonly runtimeAttrs: string | number; readonly scores: readonly { readonly column: string | number; readonly columnRuns: string | number; readonly columnsAt: string | number; readonly products: readonly { readonly letter: string | number; readonly name: string | number }[]; readonly row: string | number; readonly rowRuns: string | number; readonly runsOfStep: string | number; readonly step: string | number; readonly wide: string | number }[]; readonly start: string | number; readonly sums: readonly (string | number)[]; readonly weighted: readonly { readonly adds: readonly { readonly letter: string | number; readonly sum: string | number; readonly value: string | number }[]; readonly channelWords: string | number; readonly column: string | number; readonly laneRuns: string | number; readonly lanes: string | number; readonly reads: readonly { readonly at: string | number; readonly name: string | number }[]; readonly words: readonly { readonly name: string | number; readonly number: string | number }[] }[] }[];
   readonly queries: string | number;
   readonly queryHeads: string | number;
   readonly queryPlace: string | number;
@@ -980,12 +980,15 @@ interface WgslAttentionMergeWgsl {
 }
 
 interface WgslAttentionRandomWgsl {
+  readonly blockColumns: string | number;
+  readonly blockRows: string | number;
+  readonly droppedWords: string | number;
   readonly factor: string | number;
   readonly group: string | number;
   readonly headStart: string | number;
+  readonly inBlocksOf16: boolean;
   readonly keyAt: string | number;
-  readonly keysAligned4: boolean;
-  readonly nextAt: string | number;
+  readonly keyStart: string | number;
   readonly philox: string | number;
   readonly queryAt: string | number;
   readonly sample: string | number;

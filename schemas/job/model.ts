@@ -38,7 +38,7 @@ const Dropout = z.strictObject({
   attention: real
     .default(0)
     .describe(
-      "probability p that an attention weight is set to 0 (the others are multiplied by 1 / (1 - p)); attention kernels for H100 and H200 are slower with it",
+      "probability p that an attention weight is set to 0 (the others are multiplied by 1 / (1 - p)), rounded to a multiple of 1/32768; attention kernels are slower with it",
     ),
   hidden: real
     .default(0)

@@ -2,8 +2,8 @@
  * Sizes of attention kernels, for all targets. Kernels iterate in position order, so causality is a prefix of keys (forward) and a suffix of
  * queries (backward), also under zigzag sharding, where a shard consists of two ranges of positions.
  */
+import { weightDropsOf } from "../ops/attentionDropout.ts";
 import { attentionVariant } from "../ops/attentionVariants.ts";
-import { dropsOf } from "../ops/dropout.ts";
 import { invariant } from "../ops/op.ts";
 import type { KernelSpec } from "./kernelSpec.ts";
 
@@ -21,10 +21,10 @@ export interface AttentionSizes extends Readonly<Record<SizeName, number>> {
   readonly grad: boolean;
   /** A query attends to keys of its own document (ops/attentionDocuments.ts). */
   readonly documents: boolean;
-  /** Dropout of weights (ops/attentionDropout.ts): a word below the threshold drops a weight; kept weights are multiplied by the factor. */
-  readonly drops?: ReturnType<typeof dropsOf> & {
-    /** Whether four consecutive keys have four consecutive positions if the first index is a multiple of four. */
-    readonly keysAligned4: boolean;
+  /** Dropout of weights (ops/attentionDropout.ts): 15 bits below the threshold drop a weight; kept weights are multiplied by the factor. */
+  readonly drops?: ReturnType<typeof weightDropsOf> & {
+    /** Whether the tokens of 16 indices from a multiple of 16 on have consecutive positions, in shards that begin at multiples of 16. */
+    readonly inBlocksOf16: boolean;
   };
 }
 
@@ -42,7 +42,7 @@ export function attentionSizes({ op, d }: Pick<AnyAttentionSpec, "op" | "d">): A
   invariant(variant !== undefined, () => `${op} computes no attention`);
   const { drops: hasDropout, ...own } = variant;
   invariant(!hasDropout || drop !== undefined, `${op} has no attribute drop`);
-  const drops = !hasDropout || drop === undefined ? {} : { drops: { ...dropsOf(drop), keysAligned4: chunk % 4 === 0 } };
+  const drops = !hasDropout || drop === undefined ? {} : { drops: { ...weightDropsOf(drop), inBlocksOf16: chunk % 16 === 0 } };
   return { B, S, U, G, M, C, W, scale, chunk, ranks, ...own, ...drops };
 }
 

@@ -4,7 +4,7 @@
  * their signatures have the additional input `sample`.
  */
 import { type Arrays, backward, forward, gradients, mix, mixGrad, operands, outcome, results, type Sizes } from "./attention.ts";
-import { dropsOf, runtimeAttrs } from "./dropout.ts";
+import { runtimeAttrs } from "./dropout.ts";
 import { type Grads, op, type ShardContext } from "./op.ts";
 import { philox } from "./philox.ts";
 import { positionOf } from "./positions.ts";
@@ -59,22 +59,43 @@ function dropMixGrad(t: Arrays<"q" | "k" | "v" | "sample" | "o" | "lse" | "dy" |
   mixGrad(t, d, p, { kept: keptOf(t.sample, d, p) });
 }
 
-/** Returns the factor of each weight: key u of a query uses word u % 4 at counter (sequence, position of the query, head, u / 4). */
+/** Bits of a random number that decide about a weight. Half of a word has one bit more: the lower 15 bits of both halves are compared at once, as f16. */
+const BITS = 15;
+
+/**
+ * Returns `threshold` and `factor` for a drop probability: a weight with a random number of 15 bits below `threshold` is dropped. The probability is
+ * thus rounded to a multiple of 2^-15. Kept weights are multiplied by `factor`, 1 / (1 − the rounded probability), which preserves the mean.
+ */
+export function weightDropsOf(drop: number): { readonly threshold: number; readonly factor: number } {
+  const threshold = Math.min(2 ** BITS - 1, Math.round(drop * 2 ** BITS));
+  return { threshold, factor: 1 / (1 - threshold / 2 ** BITS) };
+}
+
+/**
+ * Returns the factor of each weight. One call of Philox serves eight weights: of the queries at positions s and s + 8 and the keys at u, u + 1, u + 8 and
+ * u + 9, where s mod 16 < 8, u mod 16 < 8 and u is even. A thread of a tensor core's product holds such eight sums, in the forward pass as in the
+ * gradient. The counter is (sequence, 8·⌊s/16⌋ + s mod 8, head, 4·⌊u/16⌋ + ⌊u mod 8 / 2⌋). Words 0 and 2 are of s, 1 and 3 of s + 8; words 0 and 1
+ * of u (lower half) and u + 1 (upper half), 2 and 3 of u + 8 and u + 9.
+ */
 export function keptOf(sample: Float32Array, { S, G, M, ...d }: DropSizes, p: ShardContext): (query: number, key: number) => number {
-  const { threshold, factor } = dropsOf(d.drop);
+  const { threshold, factor } = weightDropsOf(d.drop);
   const [heads, firstHead] = [G * M, p.start("G") * M];
   const position = (dim: "S" | "U", i: number) => positionOf(p.start(dim) + i, d.chunk, d.ranks);
-  const words = new Uint32Array(4);
-  let [lastQuery, lastBlock] = [-1, -1];
+  /** The words of a query and 16 keys, four of each call. */
+  const calls = [0, 1, 2, 3].map(() => new Uint32Array(4));
+  let [lastQuery, lastBlock, lastPosition] = [-1, -1, 0];
   return (query, key) => {
     const at = position("U", key);
-    const block = Math.floor(at / 4);
+    const block = Math.floor(at / 16);
     if (query !== lastQuery || block !== lastBlock) {
       const token = Math.floor(query / heads);
-      const here = position("S", token % S);
-      philox(words, sample[Math.floor(token / S)]!, here, firstHead + (query % heads), block, d.key0, d.key1);
+      lastPosition = position("S", token % S);
+      const row = Math.floor(lastPosition / 16) * 8 + (lastPosition % 8);
+      for (const [n, words] of calls.entries())
+        philox(words, sample[Math.floor(token / S)]!, row, firstHead + (query % heads), 4 * block + n, d.key0, d.key1);
       [lastQuery, lastBlock] = [query, block];
     }
-    return words[at % 4]! < threshold ? 0 : factor;
+    const word = calls[(at % 8) >> 1]![((at >> 3) % 2) * 2 + ((lastPosition >> 3) % 2)]!;
+    return ((word >>> ((at % 2) * 16)) & (2 ** BITS - 1)) < threshold ? 0 : factor;
   };
 }

@@ -643,12 +643,15 @@ def drop_factors(d, b, n):
     if "drop" not in d:
         return 1
     batch, head = divmod(n, d["G"] * d["M"])
-    count = d["U"] // 4
-    fours = torch.arange(count, device="cuda").expand(d["S"], count)
-    rows = torch.arange(d["S"], device="cuda")[:, None].expand(d["S"], count)
-    c = [torch.full_like(fours, int(b["sample"][batch])), rows, torch.full_like(fours, head), fours]
-    words = torch.stack(philox(c, *DROP_KEY), -1).flatten(1)
-    return (words >= round(d["drop"] * 2**32)).float() / (1 - d["drop"])
+    rows, keys = d["S"] // 2, d["U"] // 4
+    call = [torch.arange(rows, device="cuda")[:, None].expand(rows, keys), torch.arange(keys, device="cuda").expand(rows, keys)]
+    c = [torch.full_like(call[0], int(b["sample"][batch])), call[0], torch.full_like(call[0], head), call[1]]
+    words = torch.stack(philox(c, *DROP_KEY), -1)
+    # row 8i + r, key call 4j + u, word 2k + h, half e: query 16i + 8h + r, key 16j + 8k + 2u + e
+    bits = torch.stack([words & 0x7FFF, words >> 16 & 0x7FFF], -1).view(d["S"] // 16, 8, d["U"] // 16, 4, 2, 2, 2)
+    bits = bits.permute(0, 5, 1, 2, 4, 3, 6).reshape(d["S"], d["U"])
+    threshold = round(d["drop"] * 2**15)
+    return (bits >= threshold).float() / (1 - threshold / 2**15)
 
 
 def philox(c, key0, key1):

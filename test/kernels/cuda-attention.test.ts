@@ -116,7 +116,7 @@ const shapes: readonly Shape[] = [
   { B: 1, S: 128, U: 64, G: 2, M: 1, C: 48, start: 128, keyStart: 64, zigzag: [64, 2], arch: "sm_80", type: "bf16" },
   { B: 1, S: 64, U: 256, G: 1, M: 1, C: 96, start: 64, keyStart: 256, zigzag: [64, 4], arch: "sm_100a", type: "bf16" },
   { B: 1, S: 40, U: 80, G: 2, M: 2, C: 24, W: 16, start: 120, keyStart: 0, zigzag: [20, 4], arch: "sm_80", type: "f32" },
-  // weights are dropped: on the tensor cores and in f32, pieces of the keys, zigzag order, blocks whose fours of keys lie apart
+  // weights are dropped: on the tensor cores and in f32, pieces of the keys, zigzag order, queries and keys that do not begin at multiples of 16
   { B: 2, S: 130, U: 260, G: 2, M: 2, C: 128, start: 129, arch: "sm_90a", type: "bf16", drop: 0.3 },
   { B: 1, S: 70, U: 130, G: 1, M: 2, C: 192, W: 128, start: 60, arch: "sm_80", type: "bf16", drop: 0.1 },
   { B: 1, S: 65, U: 65, G: 2, M: 1, C: 64, start: 0, arch: "sm_100a", type: "f16", drop: 0.5 },
@@ -125,10 +125,14 @@ const shapes: readonly Shape[] = [
   { B: 1, S: 256, U: 512, G: 1, M: 1, C: 128, start: 256, zigzag: [128, 2], arch: "sm_90a", type: "bf16", drop: 0.2 },
   { B: 1, S: 300, U: 300, G: 1, M: 1, C: 64, start: 300, keyStart: 300, zigzag: [150, 3], arch: "sm_80", type: "bf16", drop: 0.2 },
   { B: 1, S: 40, U: 80, G: 2, M: 2, C: 24, W: 16, start: 120, keyStart: 0, zigzag: [20, 4], arch: "sm_80", type: "f32", drop: 0.2 },
-  // Hopper's own products: heads of 64 and 256, query heads that are split, fours of keys that lie apart
+  // Hopper's own products: heads of 64 and 256, query heads that are split
   { B: 1, S: 200, U: 200, G: 1, M: 2, C: 64, start: 0, arch: "sm_90a", type: "bf16", drop: 0.1 },
   { B: 1, S: 130, U: 141, G: 1, M: 1, C: 256, start: 10, arch: "sm_90a", type: "bf16", drop: 0.2 },
   { B: 1, S: 130, U: 90, G: 1, M: 2, C: 128, start: 100, keyStart: 50, arch: "sm_90a", type: "f16", drop: 0.2 },
+  // that do in a shard, also by zigzag; so many that the threshold exceeds the numbers of f16
+  { B: 1, S: 130, U: 90, G: 1, M: 2, C: 128, start: 96, keyStart: 48, arch: "sm_90a", type: "f16", drop: 0.2 },
+  { B: 1, S: 160, U: 128, G: 1, M: 1, C: 64, start: 160, keyStart: 0, zigzag: [32, 8], arch: "sm_80", type: "bf16", drop: 0.2 },
+  { B: 1, S: 70, U: 70, G: 1, M: 1, C: 64, start: 0, arch: "sm_90a", type: "bf16", drop: 0.97 },
   // documents: short ones, of which a tile has many, and long ones, of which tiles see some blocks; on every kind of kernel
   { B: 2, S: 260, U: 260, G: 1, M: 2, C: 128, start: 0, arch: "sm_90a", type: "bf16", documents: 100 },
   { B: 1, S: 520, U: 520, G: 1, M: 1, C: 64, start: 0, arch: "sm_90a", type: "bf16", documents: 300 },

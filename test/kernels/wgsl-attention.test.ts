@@ -95,6 +95,32 @@ const shapes: readonly (readonly [
   ],
   ["weights dropped, zigzag", "attention_dropout", { ...small, S: 48, U: 96, chunk: 12, ranks: 4, drop: 0.2 }, { S: 48, G: 2 }],
   ["weights dropped, zigzag by 10", "attention_dropout_part", { ...small, S: 40, U: 40, chunk: 10, ranks: 4, drop: 0.2 }, { S: 40, U: 0 }],
+  // queries and keys that begin at multiples of 16: a call for eight weights
+  ["weights dropped, aligned", "attention_dropout", { ...small, S: 50, U: 90, ...plain, drop: 0.3 }, { S: 32, G: 4 }],
+  [
+    "weights dropped, aligned, keys across the diagonal",
+    "attention_dropout_part",
+    { ...small, S: 50, U: 40, ...plain, drop: 0.3 },
+    { S: 16, U: 32 },
+  ],
+  [
+    "weights dropped, aligned, zigzag",
+    "attention_dropout_part",
+    { ...small, S: 64, U: 96, chunk: 16, ranks: 4, drop: 0.2 },
+    { S: 64, U: 0 },
+  ],
+  [
+    "weights dropped, aligned, blocks of 64 queries",
+    "attention_dropout",
+    { B: 16, S: 66, U: 66, G: 4, M: 1, C: 4, W: 4, ...plain, drop: 0.2 },
+    {},
+  ],
+  [
+    "weights dropped, aligned, heads of 132",
+    "attention_dropout",
+    { B: 1, S: 35, U: 35, G: 1, M: 2, C: 132, W: 70, ...plain, drop: 0.2 },
+    {},
+  ],
   ["documents", "attention_documents", { ...small, S: 150, U: 150, ...plain }, {}],
   ["documents, blocks of 64 queries", "attention_documents", { B: 16, S: 66, U: 86, G: 4, M: 1, C: 4, W: 4, ...plain }, { S: 20 }],
   ["documents, keys across the diagonal", "attention_documents_part", { ...small, S: 50, U: 40, ...plain }, { S: 20, U: 30 }],

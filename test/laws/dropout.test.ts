@@ -7,8 +7,9 @@ import { openRun } from "../../runtime/train/openRun.ts";
 import type { Job } from "../../schemas/job.ts";
 import { compile } from "../../src/compile.ts";
 import { attention, attentionGrad } from "../../src/ops/attention.ts";
-import { attentionDropout, attentionDropoutGrad } from "../../src/ops/attentionDropout.ts";
+import { attentionDropout, attentionDropoutGrad, keptOf, weightDropsOf } from "../../src/ops/attentionDropout.ts";
 import { dropout, jitter, siteOf } from "../../src/ops/dropout.ts";
+import { philox } from "../../src/ops/philox.ts";
 import { distance, fixture, jobOf } from "../support/job.ts";
 import { random } from "../support/opCases.ts";
 import { slopeErrors } from "../support/slopes.ts";
@@ -68,6 +69,95 @@ describe("statistics", () => {
       expect(Math.abs(correlation(y.subarray(0, n), other.subarray(0, n))), what).toBeLessThan(0.02);
     }
     expect(ofOnes(dropout, { drop: 0.3 })).toEqual(y);
+  });
+});
+
+describe("weights of attention", () => {
+  const [S, U, M] = [128, 256, 2];
+  const at = { S: 0, U: 0, G: 0 };
+  /** The factors of all weights of two heads of one sequence: [query, head, key]. */
+  function factors(
+    drop: number,
+    { seed = 1, name = "a", sequence = 5, starts = at }: Record<string, unknown> & Partial<Choice> = {},
+  ): Float32Array {
+    const sizes = { B: 1, S, U, G: 1, M, C: 1, W: 1, scale: 1, chunk: 0, ranks: 1, drop, ...siteOf(seed, name) };
+    const kept = keptOf(Float32Array.of(sequence), sizes, { ...place, start: (dim: string) => starts[dim as keyof typeof starts] });
+    return Float32Array.from({ length: S * M * U }, (_, i) => kept(Math.floor(i / U), i % U));
+  }
+  interface Choice {
+    readonly seed: number;
+    readonly name: string;
+    readonly sequence: number;
+    readonly starts: typeof at;
+  }
+
+  // 65,536 draws: a share is off by 0.002 at one standard deviation
+  test.each([0.1, 0.5, 0.9])("a fraction %f of the weights is dropped, and the others are scaled to keep the mean", (drop) => {
+    const all = factors(drop);
+    const { threshold, factor } = weightDropsOf(drop);
+    const kept = all.filter((f) => f !== 0);
+    expect(Math.abs(1 - kept.length / all.length - drop)).toBeLessThan(0.01);
+    expect(new Set(kept)).toEqual(new Set([Math.fround(factor)]));
+    // exactly for the rounded probability, which is at most half of 2^-15 off
+    expect(factor * (1 - threshold / 2 ** 15)).toBeCloseTo(1, 12);
+    expect(Math.abs(threshold / 2 ** 15 - drop)).toBeLessThanOrEqual(2 ** -16);
+  });
+
+  test("weights that share a call of Philox are independent, and so are neighbours, heads, sequences, sites and seeds", () => {
+    const all = factors(0.3);
+    const row = M * U;
+    const others = {
+      "next key, the other half of a word": all.slice(1),
+      "8 keys on, another word": all.slice(8),
+      "9 keys on, the other half of another word": all.slice(9),
+      "2 keys on, another call": all.slice(2),
+      "16 keys on, another block": all.slice(16),
+      "8 queries on, another word": all.slice(8 * row),
+      "8 queries and 8 keys on": all.slice(8 * row + 8),
+      "8 queries and a key on": all.slice(8 * row + 1),
+      "next query": all.slice(row),
+      "16 queries on": all.slice(16 * row),
+      "next head": all.slice(U),
+      "next sequence": factors(0.3, { sequence: 6 }),
+      site: factors(0.3, { name: "b" }),
+      seed: factors(0.3, { seed: 2 }),
+    };
+    for (const [what, other] of Object.entries(others)) {
+      const n = Math.min(all.length, other.length);
+      expect(Math.abs(correlation(all.subarray(0, n), other.subarray(0, n))), what).toBeLessThan(0.02);
+    }
+    expect(factors(0.3)).toEqual(all);
+  });
+
+  test("a shard draws what the whole does at its positions, wherever it begins", () => {
+    const all = factors(0.3);
+    for (const starts of [
+      { S: 16, U: 32, G: 0 },
+      { S: 5, U: 11, G: 0 },
+    ]) {
+      const shard = factors(0.3, { starts });
+      for (const [query, head, key] of [
+        [0, 0, 0],
+        [7, 1, 3],
+        [40, 0, 90],
+        [99, 1, 200],
+      ] as const)
+        expect(shard[(query * M + head) * U + key]).toBe(all[((query + starts.S) * M + head) * U + key + starts.U]);
+    }
+  });
+
+  test("one call gives the eight weights of two queries and four keys", () => {
+    const [key0, key1] = Object.values(siteOf(1, "a")) as [number, number];
+    const { threshold } = weightDropsOf(0.3);
+    const all = factors(0.3);
+    const words = new Uint32Array(4);
+    // queries 37 and 45, keys 84, 85, 92 and 93 of head 1
+    philox(words, 5, 8 * 2 + 5, 1, 4 * 5 + 2, key0, key1);
+    for (const [i, word] of words.entries())
+      for (const half of [0, 1]) {
+        const dropped = ((word >>> (16 * half)) & 0x7fff) < threshold;
+        expect(all[((37 + 8 * (i % 2)) * M + 1) * U + 84 + 8 * Math.floor(i / 2) + half] === 0, `half ${half} of word ${i}`).toBe(dropped);
+      }
   });
 });
 

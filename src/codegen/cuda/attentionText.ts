@@ -12,7 +12,7 @@ export const scales = ({ scale }: AttentionSizes) => ({ scale: scale.toPrecision
 export const randomText = ({ drops, chunk, M }: AttentionSizes): string =>
   drops
     ? render("cuda/attention_random.cuh", {
-        ...{ philox: render("cuda/philox.cuh", {}), zigzag: chunk > 0, keysAligned4: flag(drops.keysAligned4) },
+        ...{ philox: render("cuda/philox.cuh", {}), zigzag: chunk > 0, inBlocksOf16: flag(drops.inBlocksOf16) },
         ...{ threshold: `${drops.threshold}u`, factor: f32(drops.factor), group: M },
       })
     : "";

@@ -185,7 +185,12 @@ function generate(spec: AttentionSpec | AttentionGradSpec, { inputs, passes, dot
   const documentsAt = count + (drops ? 2 * B : 0);
   const source = render("wgsl/attention.wgsl", {
     ...{ header: header(spec.dtype), bindings, name: spec.name, gradient: sizes.grad, part, moved: reordered },
-    ...{ drops: drops !== undefined, random: drops ? randomText(sizes, drops) : "", batches: B, mask: maskText(sizes, documentsAt) },
+    ...{
+      drops: drops !== undefined,
+      random: drops ? randomText(sizes, drops, tiling) : "",
+      batches: B,
+      mask: maskText(sizes, documentsAt),
+    },
     ...{ blind: part || documents, documents, documentCount: B * S, documentsAt },
     ...{ threads, rows: tiling.rows, columns: tiling.columns, across: tiling.across, stageWords: tiling.stageWords },
     ...{ weightWords: (tiling.columns * tiling.rows) / 4, rowWords: tiling.rows / 4 },

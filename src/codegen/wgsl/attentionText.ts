@@ -71,6 +71,7 @@ export function passText(p: Pass, sizes: AttentionSizes, tiling: AttentionTiling
     four: LETTERS.map((letter, number) => ({ letter, number })),
     rescaled: p.sums.flatMap(({ to }) => sumsOf(to, tiling)),
     weighted: p.sums.map((s) => weightedText(s, tiling)),
+    draws: (rows * tiling.columns) / 8,
     results: p.sums.flatMap(({ to }) =>
       sumsOf(to, tiling).map(({ letter, group, sum }) => ({
         ...{ to: to.name, letter, c: `(tx + ${group * tiling.across}u) * 4u` },
@@ -117,16 +118,17 @@ function weightedText({ name, column, to }: Pass["sums"][number], tiling: Attent
 /** Returns the text of the factors of weights. The gradient reads the numbers of sequences in halves after the dots in scratch, because the number of buffers is limited. */
 export function randomText(
   { B, S, U, G, M, part, grad, chunk }: AttentionSizes,
-  { threshold, factor, keysAligned4 }: NonNullable<AttentionSizes["drops"]>,
+  { threshold, factor, inBlocksOf16 }: NonNullable<AttentionSizes["drops"]>,
+  { rows, columns }: AttentionTiling,
 ): string {
   const [keyStart, headStart] = part ? ["starts.y", "starts.z"] : ["0", "starts.y"];
   const at = (start: string, count: number, lane: string) =>
-    chunk ? `position_in(runs_of(${start}, ${count}), i32(${lane}))` : `${start} + i32(${lane})`;
+    chunk ? `position_in(runs_of(${start}, ${count}), i32(min(${lane}, ${count - 1}u)))` : `${start} + i32(${lane})`;
   const samplesAt = B * S * G * M;
   return render("wgsl/attention_random.wgsl", {
-    ...{ philox: render("wgsl/philox.wgsl", {}), keysAligned4, threshold, factor: float(factor), group: M, headStart },
-    queryAt: at("starts.x", S, `min(query, ${S - 1}u)`),
-    ...{ keyAt: at(keyStart, U, "key"), nextAt: at(keyStart, U, `min(key + j, ${U - 1}u)`) },
+    ...{ philox: render("wgsl/philox.wgsl", {}), inBlocksOf16, threshold, factor: float(factor), group: M, headStart, keyStart },
+    ...{ queryAt: at("starts.x", S, "query"), keyAt: at(keyStart, U, "key") },
+    ...{ blockRows: rows, blockColumns: columns, droppedWords: (rows * columns) / 8 },
     sample: grad ? `(u32(dots[${samplesAt}u + batch * 2u]) << 16u) + u32(dots[${samplesAt}u + batch * 2u + 1u])` : "u32(sample[batch])",
   });
 }
