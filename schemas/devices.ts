@@ -13,16 +13,18 @@ interface ArchRow {
   /** KiB of shared memory. */
   readonly sharedPerMultiprocessor: number;
   readonly sharedPerBlock: number;
+  /** The most resident thread blocks. */
+  readonly blocksPerMultiprocessor: number;
   /** Whether one reduction to memory adds four floats (PTX ISA: red.v4.f32, since sm_90). */
   readonly vectorReductions: boolean;
 }
 /** CUDA architectures, by "CUDA C++ Programming Guide", technical specifications per compute capability. */
 export const cudaArchs = {
-  sm_80: { multiprocessors: 108, sharedPerMultiprocessor: 164, sharedPerBlock: 163, vectorReductions: false },
-  sm_86: { multiprocessors: 84, sharedPerMultiprocessor: 100, sharedPerBlock: 99, vectorReductions: false },
-  sm_89: { multiprocessors: 142, sharedPerMultiprocessor: 100, sharedPerBlock: 99, vectorReductions: false },
-  sm_90a: { multiprocessors: 132, sharedPerMultiprocessor: 228, sharedPerBlock: 227, vectorReductions: true },
-  sm_100a: { multiprocessors: 148, sharedPerMultiprocessor: 228, sharedPerBlock: 227, vectorReductions: true },
+  sm_80: { multiprocessors: 108, sharedPerMultiprocessor: 164, sharedPerBlock: 163, blocksPerMultiprocessor: 32, vectorReductions: false },
+  sm_86: { multiprocessors: 84, sharedPerMultiprocessor: 100, sharedPerBlock: 99, blocksPerMultiprocessor: 16, vectorReductions: false },
+  sm_89: { multiprocessors: 142, sharedPerMultiprocessor: 100, sharedPerBlock: 99, blocksPerMultiprocessor: 24, vectorReductions: false },
+  sm_90a: { multiprocessors: 132, sharedPerMultiprocessor: 228, sharedPerBlock: 227, blocksPerMultiprocessor: 32, vectorReductions: true },
+  sm_100a: { multiprocessors: 148, sharedPerMultiprocessor: 228, sharedPerBlock: 227, blocksPerMultiprocessor: 32, vectorReductions: true },
 } as const satisfies Record<string, ArchRow>;
 /** The name of a CUDA architecture. */
 export type Arch = keyof typeof cudaArchs;

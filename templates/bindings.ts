@@ -316,6 +316,7 @@ interface CudaEmbedGradCu {
   readonly frequent: string | number;
   readonly name: string | number;
   readonly present: string | number;
+  readonly resident: string | number;
   readonly tokens: string | number;
   readonly vector: string | number;
   readonly vocabulary: string | number;

@@ -1,5 +1,6 @@
 /** Kernels of embedding and loss without a formula: the terms of the softmax, and the gradient of the table. */
 
+import { type Arch, cudaArchs } from "../../../schemas/devices.ts";
 import { bytesOf, cudaType } from "../../../schemas/dtypes.ts";
 import { render } from "../../../templates/bindings.ts";
 import { layoutOf, operandIn } from "../../ops/formula.ts";
@@ -76,22 +77,25 @@ const SHORT = 32;
 const FREQUENT = 64;
 /** The thread blocks that write longer lists. */
 const WRITERS = 264;
+/** The warps of a multiprocessor whose registers the compiler plans for. */
+const RESIDENT_WARPS = 24;
 /** Ids whose rows a warp sums. */
 const IDS = 4;
 
-function sumRowsOfIds(spec: SpecOf<typeof embedGrad>): GeneratedKernel {
+function sumRowsOfIds(spec: SpecOf<typeof embedGrad>, arch: Arch): GeneratedKernel {
   const { V, D } = spec.d;
   const tokens = spec.size.ids;
   const adds = spec.accumulates.has("dtable");
   const vector = vectorOf(D, [spec.dtype.dy]);
   const slices = Math.ceil(D / (32 * vector));
   const warps = Math.min(8, slices);
+  const resident = Math.min(Math.floor(RESIDENT_WARPS / warps), cudaArchs[arch].blocksPerMultiprocessor);
   const most = Math.max(1, Math.floor(tokens / (SHORT + 1)));
   const [frequent, writers] = [Math.min(FREQUENT, most), Math.min(WRITERS, most)];
   // ids that the last launch visits: a table that is written gets zeros for all others
   const present = adds ? Math.min(V, tokens) : V;
   const body = render("cuda/embed_grad.cu", {
-    ...{ name: spec.name, vector, warps, frequent, writers, tokens, vocabulary: V, width: D, adds, present: adds ? present : 1 },
+    ...{ name: spec.name, vector, warps, resident, frequent, writers, tokens, vocabulary: V, width: D, adds, present: adds ? present : 1 },
     ...{ dy: cudaType(spec.dtype.dy), dtable: cudaType(spec.dtype.dtable) },
   });
   const counters = (4 + V) * bytesOf.i32;
