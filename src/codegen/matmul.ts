@@ -3,7 +3,9 @@ import {
   gemmDgradPair,
   gemmDgradSwiglu,
   gemmDgradTriple,
+  gemmPair,
   gemmSwiglu,
+  gemmWgradPair,
   groupedDgradPair,
   groupedDgradSwiglu,
   groupedGemmSwiglu,
@@ -100,6 +102,12 @@ const inputGradInto = (s: ProductSpec<"dz" | "w" | "gate">, of: Extent, formula:
   const product = inputGrad({ ...s, size: { ...s.size, dx: s.size.gate }, dtype: { ...s.dtype, dx: s.dtype.gate } }, of, "dz", "w");
   return { ...product, c: { ...product.c, name: "dy" }, epilogue: { formula, storesProduct: false } };
 };
+/** Two products of one operand. */
+function forwardPair(s: ProductSpec<"x" | "w1" | "w2" | "y1" | "y2">, of: Extent): MatrixProduct {
+  const layout = { m: of.rows, n: s.d.N, depth: s.d.K, depthFirst: [true, false], ragged: "rows" } as const;
+  const { b, c, n } = product(s, ["x", "w2", "y2"], layout, of);
+  return { ...product(s, ["x", "w1", "y1"], layout, of), twin: { b, c, n } };
+}
 /** The weight gradients of two products of one operand. */
 function weightGradPair(s: ProductSpec<"x" | "dy1" | "dy2" | "dw1" | "dw2">, of: Extent): MatrixProduct {
   const { b, c, n } = weightGrad(s, of, "dy2", "dw2");
@@ -129,7 +137,7 @@ export const productOps = {
 /** The fused ops that are sums of matrix products. */
 export const sumOps = { gemm_dgrad_pair: gemmDgradPair, gemm_dgrad_triple: gemmDgradTriple, grouped_dgrad_pair: groupedDgradPair };
 /** The fused ops that are two products of one operand. */
-export const twinOps = { grouped_wgrad_pair: groupedWgradPair };
+export const twinOps = { gemm_pair: gemmPair, gemm_wgrad_pair: gemmWgradPair, grouped_wgrad_pair: groupedWgradPair };
 /** The fused ops that apply a formula to a product. */
 export const epilogueOps = {
   gemm_swiglu: gemmSwiglu,
@@ -145,6 +153,8 @@ const products: Readonly<Record<string, (spec: KernelSpec) => MatrixProduct>> = 
   grouped_gemm: forOp(groupedGemm, (s) => forward(s, rowsOfExperts(s), "y")),
   grouped_dgrad: forOp(groupedDgrad, (s) => inputGrad(s, rowsOfExperts(s), "dy", "w")),
   grouped_wgrad: forOp(groupedWgrad, (s) => weightGrad(s, rowsOfExperts(s), "dy", "dw")),
+  gemm_pair: forOp(gemmPair, (s) => forwardPair(s, tokens(s))),
+  gemm_wgrad_pair: forOp(gemmWgradPair, (s) => weightGradPair(s, tokens(s))),
   grouped_wgrad_pair: forOp(groupedWgradPair, (s) => weightGradPair(s, rowsOfExperts(s))),
   gemm_dgrad_pair: forOp(gemmDgradPair, (s) => sumOfGradients(s, tokens(s))),
   gemm_dgrad_triple: forOp(gemmDgradTriple, (s) => sumOfGradients(s, tokens(s))),

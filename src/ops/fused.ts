@@ -4,7 +4,7 @@
  */
 import type { Result } from "./formula.ts";
 import { gatedUnits } from "./gatedUnits.ts";
-import { gemm, gemmDgrad, groupedDgrad, groupedGemm, groupedWgrad, tf32Of } from "./gemm.ts";
+import { gemm, gemmDgrad, gemmWgrad, groupedDgrad, groupedGemm, groupedWgrad, tf32Of } from "./gemm.ts";
 import { gemm as product, runs } from "./matrixProduct.ts";
 import { unpermute } from "./moe.ts";
 import { headNorm, headNormGrad, rmsnorm, rmsnormGrad } from "./norm.ts";
@@ -48,6 +48,28 @@ export const groupedDgradPair = op({
       product(dx, dy1, w1, { m, n: K, k: N, tb: true, a0: r * N, b0: e * K * N, c0: r * K, tf32 });
       product(dx, dy2, w2, { m, n: K, k: F, tb: true, a0: r * F, b0: e * K * F, c0: r * K, tf32 });
     });
+  },
+});
+/** Two products of one operand, as keys and values: it is read once, and one launch has the tiles of both. */
+export const gemmPair = op({
+  name: "gemm_pair",
+  sig: "x[B,S,K] w1[K,N] w2[K,N] -> y1[B,S,N] y2[B,S,N]",
+  flops: ({ B, S, K, N }) => 4 * B * S * K * N,
+  cpu({ x, w1, w2, y1, y2 }, d, p) {
+    gemm.cpu({ x, w: w1, y: y1 }, d, p);
+    gemm.cpu({ x, w: w2, y: y2 }, d, p);
+  },
+});
+/** The weight gradients of two products of one operand. */
+export const gemmWgradPair = op({
+  name: "gemm_wgrad_pair",
+  sig: "x[B,S,K] dy1[B,S,N] dy2[B,S,N] -> dw1[K,N] dw2[K,N]",
+  suffix: "wgrad",
+  types: { dw1: "f32", dw2: "f32" },
+  flops: ({ B, S, K, N }) => 4 * B * S * K * N,
+  cpu({ x, dy1, dy2, dw1, dw2 }, d, p) {
+    gemmWgrad.cpu({ x, dy: dy1, dw: dw1 }, d, p);
+    gemmWgrad.cpu({ x, dy: dy2, dw: dw2 }, d, p);
   },
 });
 /** The weight gradients of two products of the same rows of experts, as gate and up: rows are read once, and one launch has the tiles of both. */

@@ -34,7 +34,11 @@ function fuse(program: Program, kinds: ReadonlySet<Fusion>): Program {
     if (kinds.has("activations")) chunk = returnActivationsAgain(chunk, uses);
     if (kinds.has("epilogues"))
       chunk = { ...chunk, forward: fuseEpilogues(chunk.forward, uses), backward: fuseEpilogues(chunk.backward, uses) };
-    if (kinds.has("twins")) chunk = { ...chunk, backward: fuseTwins(chunk.backward, uses), weights: fuseTwins(chunk.weights, uses) };
+    if (kinds.has("twins"))
+      chunk = {
+        ...chunk,
+        ...{ forward: fuseTwins(chunk.forward, uses), backward: fuseTwins(chunk.backward, uses), weights: fuseTwins(chunk.weights, uses) },
+      };
     return chunk;
   }
   const chunks = program.chunks.map(fused);

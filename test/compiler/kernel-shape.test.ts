@@ -62,7 +62,16 @@ test("the sizes of a product multiply to its operations, and experts have the ro
         expect(2 * m * n * k * experts, op).toBe(flops);
         if (i.op.startsWith("grouped")) expect((i.op.includes("wgrad") ? k : m) * experts, op).toBe(8 * (job.model.moe?.top_k ?? 0));
       }
-  expect([...seen]).toEqual(expect.arrayContaining(["gemm_dgrad_pair", "gemm_dgrad_triple", "grouped_dgrad_pair", "grouped_wgrad_pair"]));
+  expect([...seen]).toEqual(
+    expect.arrayContaining([
+      "gemm_dgrad_pair",
+      "gemm_dgrad_triple",
+      "grouped_dgrad_pair",
+      "grouped_wgrad_pair",
+      "gemm_pair",
+      "gemm_wgrad_pair",
+    ]),
+  );
 });
 
 test("the table of attention has what the signatures say: gradients take dy, dropout a sample, parts a shard of the keys", () => {

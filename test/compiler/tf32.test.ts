@@ -32,7 +32,7 @@ test("products of a job in TF32 have the attribute, fused ones too, and no other
   expect(computes(plan).filter((i) => /gemm|grouped/.test(i.op) && !i.attrs.tf32)).toEqual([]);
   const fused = compile(jobWith({ matmul: "tf32" }), { target: { ...cpu, fuses: fusions } }).plan;
   expect(roundedOps(fused)).toEqual(
-    expect.arrayContaining(["gemm_dgrad_triple", "gemm_swiglu", "gemm_dgrad_swiglu", "grouped_wgrad_pair"]),
+    expect.arrayContaining(["gemm_dgrad_triple", "gemm_swiglu", "gemm_dgrad_swiglu", "grouped_wgrad_pair", "gemm_pair", "gemm_wgrad_pair"]),
   );
   expect(roundedOps(compile(jobWith({ matmul: "f32" })).plan)).toEqual([]);
   expect(roundedOps(compile(jobWith()).plan)).toEqual([]);

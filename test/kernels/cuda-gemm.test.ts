@@ -179,6 +179,25 @@ emulated(`Hopper's products${note}`, () => {
       ),
     );
   });
+  test("two products of one operand: clusters that share b, warpgroups that alternate, parts of the depth of both", () => {
+    const twins = (name: string, op: "gemm_pair" | "gemm_wgrad_pair", sizes: Sizes, change: Partial<HopperTiling>, adds = false): Held => {
+      const c = fusedCaseOf(name, op, sizes, "bf16", adds);
+      return { ...c, made: tiled(c.use, change) };
+    };
+    return holdAll(
+      inTier(
+        [
+          twins("p0", "gemm_pair", { S: 400, K: 136, N: 200 }, { tile: wide, stages: 2, cluster: 2, blocks: 4, raster: 4 }),
+          twins("p1", "gemm_pair", { S: 190, K: 72, N: 72 }, { tile: turns, stages: 3 }),
+          twins("p2", "gemm_wgrad_pair", { S: 200, K: 264, N: 136 }, { tile: wide, stages: 2, cluster: 2 }, true),
+          twins("p3", "gemm_wgrad_pair", { S: 300, K: 136, N: 72 }, { tile: turns, stages: 2, parts: 3 }, true),
+          twins("p4", "gemm_wgrad_pair", { S: 300, K: 40, N: 200 }, { tile: wide, stages: 2, parts: 2 }),
+        ],
+        "p0",
+        "p3",
+      ),
+    );
+  });
   test("weight gradients of two products of one operand: from both ends of the list, in f32 and in bf16, added and written", () => {
     const pair = (name: string, change: Partial<HopperTiling>, adds: boolean, sums: "f32" | "bf16" = "f32"): Held => {
       const c = fusedCaseOf(name, "grouped_wgrad_pair", { K: 136, N: 72, rows }, "bf16", adds, sums);

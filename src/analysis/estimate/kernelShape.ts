@@ -44,6 +44,8 @@ const products: Readonly<Partial<Record<OpName, ProductForm>>> = {
   gemm_dgrad_pair: { family: "product", sizes: (d) => [tokens(d), sizeOf(d, "K"), sizeOf(d, "N") + sizeOf(d, "F")] },
   gemm_dgrad_triple: { family: "product", sizes: (d) => [tokens(d), sizeOf(d, "K"), sizeOf(d, "N") + sizeOf(d, "F") + sizeOf(d, "D")] },
   gemm_wgrad: { family: "product_wgrad", sizes: (d) => [sizeOf(d, "K"), sizeOf(d, "N"), tokens(d)] },
+  gemm_pair: { family: "product", sizes: (d) => [tokens(d), 2 * sizeOf(d, "N"), sizeOf(d, "K")] },
+  gemm_wgrad_pair: { family: "product_wgrad", sizes: (d) => [sizeOf(d, "K"), 2 * sizeOf(d, "N"), tokens(d)] },
   grouped_gemm: grouped,
   grouped_gemm_swiglu: grouped,
   grouped_dgrad: groupedDgrad,

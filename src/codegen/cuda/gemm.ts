@@ -4,7 +4,7 @@ import type { Arch } from "../../../schemas/devices.ts";
 import { cudaKernel, type GeneratedKernel, type KernelSpec } from "../kernelSpec.ts";
 import { epilogueOps, type MatrixProduct, productOf, productOps, sumOps, twinOps } from "../matmul.ts";
 import { applyAfter } from "./epilogue.ts";
-import { fitsHopper, hopper } from "./gemmHopper.ts";
+import { fitsHopper, hopper, joinsTwin } from "./gemmHopper.ts";
 import { mma, simt } from "./gemmTiles.ts";
 import { halfOf } from "./matmul.ts";
 
@@ -14,7 +14,7 @@ function multiply(spec: KernelSpec, arch: Arch): GeneratedKernel {
   const inHopper = hopperOf(product, arch);
   const tiled = inTiles(arch);
   const plain = (own: KernelSpec, p: MatrixProduct): GeneratedKernel => hopperOf(p, arch)?.(own) ?? tiled(own, p);
-  if (twin && (!inHopper || twin.n !== product.n)) return separately(spec, { ...product, twin }, plain);
+  if (twin && !(inHopper && joinsTwin(product))) return separately(spec, { ...product, twin }, plain);
   if (inHopper) return inHopper(spec);
   // a tensor map cannot have the product in scratch
   return epilogue ? applyAfter(spec, { ...product, epilogue }, arch, tiled) : tiled(spec, product);
@@ -57,6 +57,8 @@ export const gemm = {
   gemm_dgrad_pair: cudaKernel(sumOps.gemm_dgrad_pair, multiply),
   gemm_dgrad_triple: cudaKernel(sumOps.gemm_dgrad_triple, multiply),
   grouped_dgrad_pair: cudaKernel(sumOps.grouped_dgrad_pair, multiply),
+  gemm_pair: cudaKernel(twinOps.gemm_pair, multiply),
+  gemm_wgrad_pair: cudaKernel(twinOps.gemm_wgrad_pair, multiply),
   grouped_wgrad_pair: cudaKernel(twinOps.grouped_wgrad_pair, multiply),
   gemm_swiglu: cudaKernel(epilogueOps.gemm_swiglu, multiply),
   grouped_gemm_swiglu: cudaKernel(epilogueOps.grouped_gemm_swiglu, multiply),

@@ -9,7 +9,7 @@ import type { TensorMap } from "../../../schemas/plan.ts";
 import { render } from "../../../templates/bindings.ts";
 import { invariant } from "../../ops/op.ts";
 import { type GeneratedKernel, type KernelSpec, operandOf } from "../kernelSpec.ts";
-import { type GeneratedLaunch, type KernelArg, rowIndex, scratchStart } from "../launchArgs.ts";
+import { type GeneratedLaunch, type KernelArg, rowIndex, scratch, scratchStart } from "../launchArgs.ts";
 import type { Epilogue, MatrixProduct } from "../matmul.ts";
 import { dividedGrid } from "./dividedGrid.ts";
 import { type EpilogueText, elementsOf, epilogueText, sumsOfRows } from "./epilogue.ts";
@@ -97,7 +97,9 @@ export function hopper(spec: KernelSpec, p: MatrixProduct, half: Float16, tiling
   const tickets = !spec.sharesDevice && takesTickets(p, tiling);
   // what is stored without a tensor map, and 16-bit sums that are read before
   const target = splits ? scratchStart : !epilogue && (p.ragged === "rows" || (p.adds && p.c.dtype !== "f32")) ? p.c.name : undefined;
-  const stored = epilogue ? { ...epilogue, target: `Operands{${epilogue.operands.join(", ")}}` } : resultsOf(p, target);
+  const sumBytes = p.m * p.n * bytesOf.f32 * parts;
+  const second = p.twin && (splits ? scratch(sumBytes) : p.twin.c.name);
+  const stored = epilogue ? { ...epilogue, target: `Operands{${epilogue.operands.join(", ")}}` } : resultsOf(target, second);
   const { addends, depth } = addendsOf(p, DEPTH);
   const body = render("cuda/gemm_wgmma.cu", {
     ...{ name: spec.name, m: p.m, n: p.n, depth, experts: splits ? parts : p.experts, offsets: p.offsets },
@@ -135,11 +137,13 @@ export function hopper(spec: KernelSpec, p: MatrixProduct, half: Float16, tiling
   const rowSums = epilogue && sumsOfRows(spec, epilogue, p.m, Math.ceil(p.n / tile.columns));
   if (rowSums) return { source: source(spec, `${body}\n${rowSums.body}`), scratch: rowSums.scratch, launches: [plain, rowSums.launch] };
   if (!splits) return { source: source(spec, body), launches: [plain] };
-  const total = sumParts(spec, parts, p.m * p.n, operandOf(spec, p.c.name));
+  const totals = [p.c, ...(p.twin ? [p.twin.c] : [])].map(({ name }, nth) =>
+    sumParts(spec, parts, p.m * p.n, operandOf(spec, name), nth * sumBytes),
+  );
   return {
-    source: source(spec, `${body}\n${total.body}`),
-    scratch: parts * p.m * p.n * bytesOf.f32,
-    launches: [plain, total.launch],
+    source: source(spec, [body, ...totals.map((total) => total.body)].join("\n")),
+    scratch: totals.length * sumBytes,
+    launches: [plain, ...totals.map((total) => total.launch)],
   };
 }
 
@@ -157,12 +161,12 @@ const partOf = ({ depth }: MatrixProduct, parts: number): number => Math.ceil(de
 const sumsOf = (p: MatrixProduct, parts: number): MatrixProduct =>
   parts > 1 ? { ...p, depth: partOf(p, parts), adds: false, c: { ...p.c, dtype: "f32" } } : p;
 
-/** Returns the parameters and arguments for c, and that of a twin: tensor maps, and a pointer each if `target` is the argument for that of c. */
+/** Returns the parameters and arguments for c, and that of a twin: tensor maps, and a pointer each if `target` and `second` are the arguments for those. */
 function resultsOf(
-  { twin }: MatrixProduct,
   target: KernelArg | undefined,
+  second: KernelArg | undefined,
 ): Pick<EpilogueText, "maps" | "pointers" | "args"> & { readonly target: string } {
-  const [maps, pointers] = twin
+  const [maps, pointers] = second
     ? [
         ["firstMap", "twinMap"],
         ["firstC", "twinC"],
@@ -172,7 +176,7 @@ function resultsOf(
   return {
     maps: maps.map((name) => `const __grid_constant__ TensorMap ${name}`).join(", "),
     pointers: isStored ? pointers.map((name) => `Out* ${name}`) : [],
-    args: isStored ? [target, ...(twin ? [twin.c.name] : [])] : [],
+    args: isStored ? [target, ...(second ? [second] : [])] : [],
     target: [...maps, ...pointers.map((name) => (isStored ? name : "nullptr"))].join(", "),
   };
 }
@@ -204,6 +208,15 @@ const BETWEEN = 1000;
 
 /** Returns the tiling with the fewest estimated cycles; of equal ones the first. */
 export function hopperTiling(p: MatrixProduct): HopperTiling {
+  const { cycles: _, own, ...tiling } = fastest(p);
+  return { ...tiling, ...(p.epilogue ? setsOf(own, tiling.tile, p.epilogue) : stagesOf(own, tiling.tile)) };
+}
+/** Returns whether one launch computes both products of a pair in fewer cycles than two launches. */
+export const joinsTwin = ({ twin, ...p }: MatrixProduct): boolean =>
+  twin?.n === p.n && fastest({ ...p, twin }).cycles <= 2 * fastest(p).cycles + AGAIN;
+
+/** Returns the choices of a tiling, its cycles, and the product whose sums it stores. */
+function fastest(p: MatrixProduct) {
   const tilings = splitsOf(p).flatMap((parts) =>
     (p.epilogue ? epilogueTiles : tiles).map((tile) => {
       const own = sumsOf(p, parts);
@@ -215,12 +228,12 @@ export function hopperTiling(p: MatrixProduct): HopperTiling {
       const all = perExpert * p.experts * parts * (p.twin ? 2 : 1);
       const most = mostTiles(own, tile.rows, tile.columns) * parts;
       const blocks = Math.min(MULTIPROCESSORS, Math.ceil(most / cluster) * cluster);
-      const cycles = cyclesOf(own, tile, cluster, all) + (parts > 1 ? AGAIN + ((parts + 1) * p.m * p.n * 4) / 25 / MULTIPROCESSORS : 0);
+      const sums = AGAIN + ((parts + 1) * p.m * p.n * 4) / 25 / MULTIPROCESSORS;
+      const cycles = cyclesOf(own, tile, cluster, all) + (parts > 1 ? sums * (p.twin ? 2 : 1) : 0);
       return { tile, cluster, raster, blocks, parts, cycles, own };
     }),
   );
-  const { tile, cluster, raster, blocks, parts, own } = tilings.reduce((best, other) => (other.cycles < best.cycles ? other : best));
-  return { tile, cluster, raster, blocks, parts, ...(p.epilogue ? setsOf(own, tile, p.epilogue) : stagesOf(own, tile)) };
+  return tilings.reduce((best, other) => (other.cycles < best.cycles ? other : best));
 }
 
 /** Cycles of a second launch. */
@@ -232,7 +245,6 @@ const splitsOf = (p: MatrixProduct): readonly number[] =>
   p.ragged ||
   p.addends ||
   p.epilogue ||
-  p.twin ||
   p.a.depthFirst ||
   p.b.depthFirst ||
   mostTiles(p, 128, 64) > MULTIPROCESSORS ||
@@ -250,7 +262,7 @@ const tilesOf = (p: MatrixProduct, tile: Tile): number => Math.ceil((p.ragged ==
  * depth, each expert needs an even number of tiles. With few rows of tiles, adjacent tiles are rarely in one column.
  */
 function clusterOf(p: MatrixProduct, tile: Tile, rows: number, columns: number): 1 | 2 {
-  if (p.epilogue || p.twin || tile.columns % 128 !== 0 || rows < (p.ragged === "rows" ? 4 : 2)) return 1;
+  if (p.epilogue || (p.twin && p.ragged) || tile.columns % 128 !== 0 || rows < (p.ragged === "rows" ? 4 : 2)) return 1;
   return p.ragged === "depth" && (rows * columns) % 2 !== 0 ? 1 : 2;
 }
 

@@ -84,12 +84,18 @@ export function sumColumns(
   };
 }
 
-/** Returns the launch that sums `parts` matrices of `size` elements at the beginning of scratch and stores or adds the result. */
-export function sumParts(spec: KernelSpec, parts: number, size: number, to: KernelOperand): { body: string; launch: GeneratedLaunch } {
-  const entry = `${spec.name}_sum`;
+/** Returns the launch that sums `parts` matrices of `size` elements from byte `first` of scratch on and stores or adds the result. */
+export function sumParts(
+  spec: KernelSpec,
+  parts: number,
+  size: number,
+  to: KernelOperand,
+  first = 0,
+): { body: string; launch: GeneratedLaunch } {
+  const entry = first === 0 ? `${spec.name}_sum` : `${spec.name}_sum_${to.name}`;
   return {
     body: render("cuda/sum_parts.cu", { name: entry, parts, size, type: cudaType(to.dtype), adds: spec.accumulates.has(to.name) }),
-    launch: { entry, grid: [Math.ceil(size / 1024), 1, 1], threads: 256, shared: 0, args: [scratchStart, to.name] },
+    launch: { entry, grid: [Math.ceil(size / 1024), 1, 1], threads: 256, shared: 0, args: [scratch(first), to.name] },
   };
 }
 
