@@ -14,7 +14,7 @@ export const targetNames: readonly string[] = ["cpu", ...profiles.map((p) => `we
 
 /**
  * Fusions after lowering (src/passes/fuse.ts): the passes over a row of logits, sums of input gradients, sums that norms read, norms and
- * rotations of heads, outputs of activations, products with the activations that read them, unpermute with a sum, two weight gradients of one operand.
+ * rotations of heads, outputs of activations, products with the activations that read them, unpermute with a sum, two products of one operand.
  */
 export const fusions = ["statistics", "sums", "norm_sums", "heads", "activations", "epilogues", "combine", "twins"] as const;
 /**

@@ -58,10 +58,12 @@ describe.skipIf(compiler)(`for nvcc${compiler}`, () => {
   test("sm_90a: products with an epilogue and pairs of products compile without register spills", full, () =>
     staysInRegisters(
       "sm_90a",
-      (["gemm_swiglu", "grouped_gemm_swiglu", "gemm_dgrad_swiglu", "gemm_pair", "gemm_wgrad_pair", "grouped_wgrad_pair"] as const).map((op) => {
-        const sizes = op.startsWith("grouped") ? { K: 512, N: 768, rows: [300, 200] } : { S: 512, K: 768, N: 512 };
-        return cudaKernels[op](fusedCaseOf(`fused_${op}`, op, sizes, "bf16").use, "sm_90a");
-      }),
+      (["gemm_swiglu", "grouped_gemm_swiglu", "gemm_dgrad_swiglu", "gemm_pair", "gemm_wgrad_pair", "grouped_wgrad_pair"] as const).map(
+        (op) => {
+          const sizes = op.startsWith("grouped") ? { K: 512, N: 768, rows: [300, 200] } : { S: 512, K: 768, N: 512 };
+          return cudaKernels[op](fusedCaseOf(`fused_${op}`, op, sizes, "bf16").use, "sm_90a");
+        },
+      ),
     ),
   );
   test.each(Object.entries(f16))("%s: products of f16 compile without register spills", full, staysInRegisters);
