@@ -174,6 +174,11 @@ export interface LocalRanks {
    * an effect.
    */
   beginStep?(microbatches: number, kind?: StepKind): boolean;
+  /**
+   * Returns whether such a step may begin while the step before it runs: `finish` and reads of that step, which were called before, then return
+   * its end and its numbers. At most two steps are under way. Absent: no.
+   */
+  canBeginAhead?(microbatches: number, kind: StepKind): boolean;
   /** Returns the bytes in use on the device of the first rank, by all programs. Absent: the device does not say it. */
   memoryInUse?(): number;
   /** Returns the instruction times of the last step, if opened with `profile`. */
@@ -191,7 +196,7 @@ export interface LocalRanks {
    * steps run.
    */
   meet?(name: string, problem?: string): Promise<string | undefined>;
-  /** With ranks in other processes: reports what this process does between two steps, so that it does not count as hanging. */
+  /** With ranks in other processes: reports what this process does or waits for, so that it does not count as hanging. */
   report?(what: string): void;
   /** Memory for copies of the state; absent: any memory serves. */
   readonly hostMemory?: HostMemory;

@@ -33,6 +33,7 @@ export interface StepResult {
   readonly parameter_norm?: number;
   readonly lr: number;
   readonly tokens: number;
+  /** From the begin of the step, or from the end of the step before it if it was issued by then, to its end. */
   readonly seconds: number;
   /** An upper bound of the time that the devices of this process waited for the batch of the step. On the CPU all reading is waiting. */
   readonly data_wait_seconds: number;

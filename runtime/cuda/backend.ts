@@ -71,15 +71,15 @@ export async function openCuda(plan: Plan, settings: CudaSettings): Promise<Cuda
   const bounds = new RowBounds(context, program, arenas);
   const weights = new Weights({ plan, context, streams, kernels });
   const rankDevice = new CudaRankDevice({ context, streams, arenas, steps, waits, weights, bind });
-  /** A step has begun and not completed: pending work may never complete. */
-  let broken = false;
+  /** Steps that have begun and not completed: pending work may never complete. */
+  let underWay = 0;
 
   return {
     ranks: [rank],
     rankDevice: () => rankDevice,
     hostMemory: pinnedMemory(context),
-    // ranks of several processes combine what they have read
-    readsInOrder: plan.mesh.world === 1,
+    readsInOrder: true,
+    canBeginAhead: (microbatches, kind) => steps.isReplayed(microbatches, kind),
     comm: {
       collective: (r, i, at) => steps.mode === "replay" || comm.collective(r, i, at),
       wait: (r, id) => steps.mode === "replay" || comm.wait(r, id),
@@ -87,7 +87,7 @@ export async function openCuda(plan: Plan, settings: CudaSettings): Promise<Cuda
       recv: (r, i, at) => steps.mode === "replay" || comm.recv(r, i, at),
     },
     beginStep(microbatches, kind) {
-      broken = true;
+      underWay++;
       streams.join();
       const mode = steps.begin(microbatches, kind);
       streams.begin(profile);
@@ -97,13 +97,14 @@ export async function openCuda(plan: Plan, settings: CudaSettings): Promise<Cuda
       const mode = steps.mode;
       if (mode !== "replay") {
         streams.join();
-        bounds.issueCopies(streams);
+        bounds.gather(streams);
       }
       if (mode) steps.end();
+      const expectWithin = bounds.issueCopy(streams.compute.stream);
       await waits.settled();
       waits.check();
-      broken = false;
-      bounds.expectWithin(rank);
+      underWay = Math.max(0, underWay - 1);
+      expectWithin(rank);
     },
     memoryInUse() {
       const { free, total } = context.memory();
@@ -113,7 +114,7 @@ export async function openCuda(plan: Plan, settings: CudaSettings): Promise<Cuda
     profile: () => streams.timed().map((t) => ({ rank, ...t })),
     underWay: () => streams.underWay(),
     async close(error) {
-      if (error || broken || signal?.aborted) {
+      if (error || underWay > 0 || signal?.aborted) {
         const aborted = comm.abort();
         // if pending work does not end, skip the cleanup: the process ends soon and the driver frees its memory
         if (!(await waits.settlesWithin(PATIENCE))) return;
@@ -124,7 +125,7 @@ export async function openCuda(plan: Plan, settings: CudaSettings): Promise<Cuda
         steps.close();
         comm.close();
       }
-      for (const part of [rankDevice, bounds, waits, streams, kernels, arenas, context]) part.close();
+      for (const part of [rankDevice, bounds, streams, kernels, arenas, context]) part.close();
     },
   };
 }

@@ -1,29 +1,26 @@
 /**
  * Steps as CUDA graphs. The first step is issued call by call, so that NCCL connects and modules load; the second is captured; later steps
- * launch the graph. The host writes inputs to pinned memory, one block per write of a step, which the graph's copies read. Another number
- * of microbatches replaces the graph, because batch sizes only grow.
+ * launch the graph. The graph's copies of inputs read device memory, to which one copy in front of each launch brings them from pinned memory
+ * (inputs.ts): so the host writes the inputs of a step while the step before it runs. Another number of microbatches replaces the graph,
+ * because batch sizes only grow.
  */
 import type { Buffer } from "../../schemas/plan.ts";
 import type { StepKind } from "../backend.ts";
-import type { Context, Event, ExecutableGraph, Pinned, Stream } from "./driver.ts";
+import type { Context, Event, ExecutableGraph, Stream } from "./driver.ts";
+import { alignedBytes, PinnedPool, ReplayInputs, type Staged } from "./inputs.ts";
 
 /** issue: calls execute on the device. capture: calls are recorded into the graph. replay: the graph contains the calls. */
 export type Mode = "issue" | "capture" | "replay";
 
-/** The smallest allocation of pinned memory in bytes: page-locking costs far more than a write. */
-const pinnedAtOnce = 1 << 20;
-
-/** A piece of pinned memory: its address, and where it begins in memory of the host. */
-interface Staged {
-  readonly at: bigint;
-  readonly memory: ArrayBuffer;
-  readonly offset: number;
-}
 /** A write of an input in a step. */
-interface Write extends Staged {
+interface Write {
   readonly buffer: Buffer;
   readonly copy: number;
   readonly bytes: number;
+  /** Where it begins in the inputs of a replay. */
+  readonly offset: number;
+  /** Where it is written in steps that are issued call by call. */
+  readonly issued: Staged;
 }
 /** Events of the begin and the end of a replay. */
 interface Replay {
@@ -57,7 +54,12 @@ export class Steps {
     return this.#current.begin(microbatches);
   }
 
-  /** Returns the pinned memory of the next write. Every step of a kind must make the same writes. */
+  /** Returns whether a step of so many microbatches is a launch of a graph, which may follow a step under way. */
+  isReplayed(microbatches: number, kind: StepKind): boolean {
+    return this.#recordings[kind].isReplayed(microbatches);
+  }
+
+  /** Returns where the next input is written. Every step of a kind must make the same writes. */
   write(buffer: Buffer, copy: number, bytes: number): Staged {
     if (!this.#current) throw new Error(`rankc: ${buffer.id} is written before the first step`);
     return this.#current.write(buffer, copy, bytes);
@@ -92,7 +94,8 @@ class Recording {
   #known = false;
   #writes: Write[] = [];
   #next = 0;
-  /** The last two replays. */
+  #inputs: ReplayInputs | undefined;
+  /** The last three replays: two may be under way. */
   #replays: readonly Replay[] = [];
 
   constructor(context: Context, stream: Stream, { graph }: { readonly graph: boolean }) {
@@ -107,6 +110,10 @@ class Recording {
     return this.#mode;
   }
 
+  isReplayed(microbatches: number): boolean {
+    return this.#graph !== undefined && microbatches === this.#microbatches;
+  }
+
   /** Begins a step with so many microbatches. */
   begin(microbatches: number): Mode {
     this.#steps++;
@@ -115,11 +122,16 @@ class Recording {
     this.#microbatches = microbatches;
     const mode = this.#graph ? "replay" : this.#wanted && this.#known ? "capture" : "issue";
     this.#mode = mode;
-    if (mode === "capture") this.#context.beginCapture(this.#stream);
+    if (mode === "capture") {
+      // memory is allocated before the capture
+      this.#inputs = new ReplayInputs(this.#context, this.#bytes());
+      this.#context.beginCapture(this.#stream);
+    }
+    if (mode !== "issue") this.#inputs?.turn();
     return mode;
   }
 
-  /** Returns the pinned memory of the next write. Every step must make the same writes. */
+  /** Returns where the next input is written. Every step must make the same writes. */
   write(buffer: Buffer, copy: number, bytes: number): Staged {
     const before = this.#writes[this.#next];
     if (before && (before.buffer !== buffer || before.copy !== copy || before.bytes !== bytes))
@@ -127,10 +139,10 @@ class Recording {
         `rankc: write ${this.#next} of step ${this.#steps} is ${buffer.id} (slot ${copy}), and was ${before.buffer.id} (slot ${before.copy})`,
       );
     if (!before && this.#known) throw new Error(`rankc: step ${this.#steps} writes ${buffer.id}, and steps before it did not`);
-    const write = before ?? { buffer, copy, bytes, ...this.#pool.take(bytes) };
+    const write = before ?? { buffer, copy, bytes, offset: this.#bytes(), issued: this.#pool.take(bytes) };
     if (!before) this.#writes.push(write);
     this.#next++;
-    return write;
+    return this.#mode === "issue" || !this.#inputs ? write.issued : this.#inputs.at(write.offset);
   }
 
   /** Ends the step; all its work is then issued. */
@@ -143,17 +155,20 @@ class Recording {
     if (this.#mode === "capture") this.#graph = context.endCapture(stream);
     this.#mode = undefined;
     if (!this.#graph) return;
-    const [before, last] = this.#replays;
-    const now = last && before ? before : { began: context.createEvent(), ended: context.createEvent() };
-    this.#replays = last ? [last, now] : before ? [before, now] : [now];
+    const [oldest, ...later] = this.#replays;
+    const isFull = oldest !== undefined && later.length === 2;
+    const now = isFull ? oldest : { began: context.createEvent(), ended: context.createEvent() };
+    this.#replays = [...(isFull ? later : this.#replays), now];
     context.record(now.began, stream);
+    this.#inputs?.issueCopy(stream);
     context.replay(this.#graph, stream);
     context.record(now.ended, stream);
   }
 
-  /** Returns the fraction of the time between two completed replays in which the device waited for the host. */
+  /** Returns the fraction of the time between the begins of the last two replays that have begun in which the device waited for the host. */
   idle(): number | undefined {
-    const [before, now] = this.#replays;
+    const begun = this.#replays.filter(({ began }) => this.#context.happened(began));
+    const [before, now] = begun.slice(-2);
     if (!before || !now) return undefined;
     const period = this.#context.elapsed(before.began, now.began);
     return 1 - this.#context.elapsed(before.began, before.ended) / period;
@@ -168,56 +183,24 @@ class Recording {
   close(): void {
     this.interrupt();
     if (this.#graph) this.#context.destroyGraph(this.#graph);
+    this.#inputs?.close();
     this.#pool.close();
+  }
+
+  /** The bytes of all inputs so far, each aligned. */
+  #bytes(): number {
+    const last = this.#writes.at(-1);
+    return last ? last.offset + alignedBytes(last.bytes) : 0;
   }
 
   /** Destroys the graph when no step uses it, and recycles its pinned memory. */
   #forget(): void {
     if (this.#graph) this.#context.destroyGraph(this.#graph);
+    this.#inputs?.close();
     this.#graph = undefined;
+    this.#inputs = undefined;
     this.#writes = [];
     this.#known = false;
     this.#pool.recycle();
-  }
-}
-
-/** Pinned memory that is handed out piece by piece. */
-class PinnedPool {
-  readonly #context: Context;
-  readonly #blocks: Pinned[] = [];
-  /** Bytes of the last block that are in use. */
-  #used = 0;
-
-  constructor(context: Context) {
-    this.#context = context;
-  }
-
-  take(bytes: number): Staged {
-    const aligned = Math.ceil(bytes / 16) * 16;
-    const block = this.#blockWith(aligned);
-    const offset = this.#used;
-    this.#used += aligned;
-    return { at: block.at + BigInt(offset), memory: block.bytes, offset };
-  }
-
-  /** Takes back all pieces, and keeps the first block. */
-  recycle(): void {
-    const [first, ...others] = this.#blocks.splice(0);
-    for (const memory of others) this.#context.unpin(memory);
-    if (first) this.#blocks.push(first);
-    this.#used = 0;
-  }
-
-  close(): void {
-    for (const memory of this.#blocks) this.#context.unpin(memory);
-  }
-
-  #blockWith(bytes: number): Pinned {
-    const last = this.#blocks.at(-1);
-    if (last && this.#used + bytes <= last.bytes.byteLength) return last;
-    const block = this.#context.pin(Math.max(bytes, pinnedAtOnce));
-    this.#blocks.push(block);
-    this.#used = 0;
-    return block;
   }
 }

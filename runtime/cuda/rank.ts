@@ -60,7 +60,7 @@ const meet = ({ digests, mesh }: Plan, place: RankPlace, env: Env, version: stri
   });
 
 /** Returns the local rank with the functions that need the other processes. */
-function together({ mesh }: Plan, rank: number, localRanks: LocalRanks, meeting: Meeting): LocalRanks {
+export function together({ mesh }: Plan, rank: number, localRanks: LocalRanks, meeting: Meeting): LocalRanks {
   let step = 0;
   const ranks = Array.from({ length: mesh.world }, (_, r) => r);
   const leaders = ranks.filter((r) => numberInStage(mesh, r) === 0);

@@ -65,8 +65,10 @@ export class CudaRankDevice implements RankDevice {
     const staged = mode && steps.write(buffer, copy, bytes);
     if (staged) storeValues(typedMemory(buffer.dtype, staged.memory, staged.offset, count), data);
     if (mode === "replay") return;
-    const from = staged?.at ?? encoded(buffer.dtype, data).words;
-    streams.run({ reads: [], writes: [span] }, undefined, (s) => context.copyIn(at, from, bytes, s));
+    const source = staged?.source ?? { kind: "host", at: encoded(buffer.dtype, data).words };
+    streams.run({ reads: [], writes: [span] }, undefined, (s) =>
+      source.kind === "host" ? context.copyIn(at, source.at, bytes, s) : context.copy(at, source.at, bytes, s),
+    );
   }
 
   draw(buffers: readonly Buffer[], draw: NormalDraw): void {

@@ -6,14 +6,12 @@ import type { Context, Event, Stream } from "./driver.ts";
 export class Waits {
   readonly #context: Context;
   readonly #stream: Stream;
-  readonly #done: Event;
   readonly #checks: (() => void)[];
 
   /** `stream`: the stream that `settled` waits for. `check` throws if another rank has failed. */
   constructor(context: Context, stream: Stream, check: () => void) {
     this.#context = context;
     this.#stream = stream;
-    this.#done = context.createEvent("order");
     this.#checks = [check];
   }
 
@@ -37,19 +35,20 @@ export class Waits {
     }
   }
 
-  /** Waits until all work issued to the stream is complete. */
+  /** Waits until all work that is issued to the stream by now is complete. */
   async settled(): Promise<void> {
-    this.#context.record(this.#done, this.#stream);
-    await this.happens(this.#done);
+    const done = this.#record();
+    await this.happens(done);
+    this.#context.destroyEvent(done);
   }
 
   /** Returns whether all work issued to the stream completes within a time. Does not throw: a device that reports an error does not complete. */
   async settlesWithin(milliseconds: number): Promise<boolean> {
-    this.#context.record(this.#done, this.#stream);
+    const done = this.#record();
     const last = performance.now() + milliseconds;
     for (;;) {
       try {
-        if (this.#context.happened(this.#done)) return true;
+        if (this.#context.happened(done)) return true;
       } catch {
         return false;
       }
@@ -58,7 +57,10 @@ export class Waits {
     }
   }
 
-  close(): void {
-    this.#context.destroyEvent(this.#done);
+  /** Returns an event behind all work issued to the stream so far; later work does not move it. */
+  #record(): Event {
+    const done = this.#context.createEvent("order");
+    this.#context.record(done, this.#stream);
+    return done;
   }
 }

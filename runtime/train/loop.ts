@@ -1,11 +1,11 @@
 /**
- * The training loop: runs the plan on the local ranks, step by step. Each rank executes its block runs in the plan's order: forward and
- * backward of every microbatch, then the step block. Local ranks are coroutines that synchronize at collectives.
+ * The training loop: runs the plan on the local ranks, step by step. A step is issued (stepIssuer.ts), awaited and reported. If the caller
+ * names the step that follows directly, and the device takes work in order, that step is issued before the end of this one is awaited: so the
+ * device does not wait for the host between the two.
  */
 
 import { batchAt } from "../../schemas/batchRampup.ts";
 import { type HeldOutPart, heldOutParts } from "../../schemas/heldOut.ts";
-import { hasTokenWeights } from "../../schemas/lossWeights.ts";
 import type { Buffer, Compute, Plan } from "../../schemas/plan.ts";
 import { rankAt } from "../../schemas/sharding.ts";
 import type { EvaluationResult, StepResult } from "../../schemas/stepResult.ts";
@@ -14,33 +14,49 @@ import type { BlockPosition, HostData, LocalRanks } from "../backend.ts";
 import type { HeldOut } from "../data/heldOut.ts";
 import { RankPrograms } from "../rankPrograms.ts";
 import { evaluate } from "./evaluation.ts";
-import { attentionShare, feedOf, inOrder, learntOf } from "./feed.ts";
 import type { Batch, BatchOf } from "./inputs.ts";
-import { readNumbers, reported } from "./metrics.ts";
-import { type Inspector, inspector, MOST_OVERFLOWS, type Nonfinite, nonfiniteIn, nonfiniteText, stopAt, stopAtScale } from "./nonfinite.ts";
+import type { StepNumbers } from "./metrics.ts";
+import { inspector, MOST_OVERFLOWS, type Nonfinite, nonfiniteIn, stopAt, stopAtScale } from "./nonfinite.ts";
 import { Parameters, type StateShards, type Tensor, type WholeTensors } from "./parameters.ts";
-import { runTogether, walkStep } from "./rankStep.ts";
-import { type RunProgress, type StepParameters, trainingSchedule } from "./stepParameters.ts";
+import { type IssuedStep, StepIssuer, type StepOrder } from "./stepIssuer.ts";
+import { type Outcome, type RunProgress, trainingSchedule } from "./stepParameters.ts";
+import { resultOf } from "./stepReport.ts";
 
 export type { EvaluationResult, StepResult } from "../../schemas/stepResult.ts";
 export type { Tensor } from "./parameters.ts";
 
-/** What a step reads. */
+/** What a step reads. All processes of a run give the same. */
 export interface StepOptions {
-  /** Reads tables, too, which only a log needs: `expert_loads` and `expert_bias`. All processes of a run agree. */
+  /** Reads tables, too, which only a log needs: `expert_loads` and `expert_bias`. */
   readonly detailed?: boolean;
+}
+
+/** Options of `Run.step`. All processes of a run give the same. */
+export interface StepCall extends StepOptions {
+  /**
+   * The options of the step after this one, if it follows directly: until then the caller neither saves nor evaluates, reads no state, skips
+   * no step, and does not end the run but by `stop`. It may then be issued while this one runs.
+   */
+  readonly next?: StepOptions | undefined;
 }
 
 /** A run of a plan on the local ranks. */
 export interface Run {
-  /** Returns whether another step begins; all processes of a run agree. Call it once before each step. */
+  /** Returns whether another step begins; all processes of a run agree. Call it before each step. The answer for a step does not change. */
   mayBegin(): boolean;
   /** Requests the end of the run after the current step. */
   stop(): void;
   /** Whether this process has rank 0, and so prints for all. */
   readonly leads: boolean;
-  /** Runs a step. Throws a StepFault if a metric is not finite and train.on_nonfinite is stop; the run progress then does not change. */
-  step(options?: StepOptions): Promise<StepResult>;
+  /**
+   * Runs a step. Throws a StepFault if a metric is not finite and train.on_nonfinite is stop; the run progress then does not change. If the
+   * step after it was issued by then, the run is over: it takes no step, and gives no state.
+   */
+  step(options?: StepCall): Promise<StepResult>;
+  /** Whether the next step is issued: it ends even if the run is to stop. */
+  isAhead(): boolean;
+  /** Throws if the next step is issued: the devices then have the state of no step. */
+  expectBetweenSteps(): void;
   /** Reads over the data of the next step without training; it counts as a step. All processes of a run call it together. */
   skipStep(): void;
   /** The held-out data that the run can evaluate on. */
@@ -86,17 +102,18 @@ export interface RunInputs {
 export function runOn(plan: Plan, inputs: RunInputs): Run {
   const { localRanks } = inputs;
   const loop = new TrainingLoop(plan, inputs);
-  let stopped = false;
   return {
     leads: localRanks.ranks.includes(0),
-    mayBegin: () => localRanks.mayBegin?.() ?? !stopped,
-    stop: () => {
-      stopped = true;
-      localRanks.stop?.();
-    },
+    mayBegin: () => loop.mayBegin(),
+    stop: () => loop.stop(),
     progress: () => loop.progress(),
-    read: (rank, buffer) => localRanks.rankDevice(rank).read(buffer, 0),
+    async read(rank, buffer) {
+      loop.expectBetweenSteps();
+      return localRanks.rankDevice(rank).read(buffer, 0);
+    },
     step: (options) => loop.step(options),
+    isAhead: () => loop.isAhead(),
+    expectBetweenSteps: () => loop.expectBetweenSteps(),
     skipStep: () => loop.skipStep(),
     heldOut: heldOutParts.filter((part) => inputs.heldOut?.[part] !== undefined),
     evaluate: (part) => loop.evaluate(part),
@@ -110,17 +127,11 @@ export function runOn(plan: Plan, inputs: RunInputs): Run {
 
 /** A device that needs longer than this to finish was busy, in ms. */
 const BUSY = 0.05;
-
-/** How the ranks walk a step. */
-interface Walk {
-  /** The batch in the order of the ranks. */
-  readonly given: Readonly<Record<string, HostData>>;
-  /** Whether instructions of logged steps run. */
-  readonly logged: boolean;
-  readonly inspector?: Inspector | undefined;
-}
-
-type Outcome = "updated" | "overflowed" | "nonfinite";
+/**
+ * How long before the expected end of a step the next one is issued, in ms: longer than the host needs for it. A request to stop before that
+ * ends the run after this step, one after it ends the run after the next.
+ */
+const EARLY = 20;
 
 class TrainingLoop {
   readonly #plan: Plan;
@@ -128,16 +139,23 @@ class TrainingLoop {
   readonly #localRanks: LocalRanks;
   readonly #programs: RankPrograms;
   readonly #parameters: Parameters;
-  /** Whether the plan has instructions of logged steps only. */
-  readonly #hasLogged: boolean;
+  readonly #issuer: StepIssuer;
   readonly #schedule: ReturnType<typeof trainingSchedule>;
   /** Copies of watched buffers of the last step, by id, microbatch and rank. */
   readonly #watched = new Map<string, Map<number, Map<number, Promise<HostData>>>>();
   /** The loss scale of the last step's gradients. */
   #scaled = 1;
-  /** The prefetched batch of the next step, or the error of reading it, which the step throws. */
+  #stopped = false;
+  /** Whether the next step begins; undefined: not asked yet. */
+  #mayBegin: boolean | undefined;
+  /** The prefetched batch of the step that is issued next, or the error of reading it, which that step throws. */
   #next: Batch | Error | undefined;
-  /** The duration of the step before; 0 before the second step. */
+  /** The next step, issued while the last one ran. */
+  #ahead: IssuedStep | undefined;
+  /** Whether a step failed with another one issued behind it. */
+  #isOver = false;
+  /** When the last step ended, and its duration in seconds; 0 before the second step. */
+  #endedAt = 0;
   #seconds = 0;
   /** At most how long the device waited while `next` was read, in ms. */
   #dataWait = 0;
@@ -148,8 +166,11 @@ class TrainingLoop {
     this.#inputs = inputs;
     this.#localRanks = localRanks;
     this.#programs = new RankPrograms(plan);
-    this.#hasLogged = plan.programs.some(({ step }) => step.some(({ only }) => only === "logged"));
     this.#parameters = new Parameters(plan, this.#programs, localRanks);
+    this.#issuer = new StepIssuer({
+      ...{ plan, localRanks, programs: this.#programs, parameters: this.#parameters },
+      onCompute: (rank, i, at) => this.#watch(rank, i, at),
+    });
     this.#schedule = trainingSchedule(plan.job, from?.progress);
     if (inputs.isLoaded) return;
     if (from) this.#parameters.restore(from);
@@ -161,81 +182,69 @@ class TrainingLoop {
     return this.#schedule.progress();
   }
 
-  async step({ detailed = false }: StepOptions = {}): Promise<StepResult> {
-    const begun = performance.now();
+  mayBegin(): boolean {
+    return (this.#mayBegin ??= this.#localRanks.mayBegin?.() ?? !this.#stopped);
+  }
+
+  stop(): void {
+    this.#stopped = true;
+    this.#localRanks.stop?.();
+  }
+
+  isAhead(): boolean {
+    return this.#ahead !== undefined;
+  }
+
+  expectBetweenSteps(): void {
+    const { steps } = this.progress();
+    if (this.#isOver)
+      throw new Error(`rankc: the run ended at step ${steps + 1} with the next step issued: the devices have the state of no step`);
+    if (this.#ahead) throw new Error(`rankc: step ${steps + 1} is issued: the devices have the state of no step`);
+  }
+
+  async step({ detailed = false, next }: StepCall = {}): Promise<StepResult> {
+    if (this.#isOver) this.expectBetweenSteps();
+    this.#mayBegin = undefined;
     const { job } = this.#plan;
-    const { train, model } = job;
-    const parameters = this.#schedule.next();
-    const { lr, lossScale, upscale } = parameters;
-    const asked = performance.now();
-    const batch = this.#next ?? this.#read(parameters.first, parameters.batch);
-    if (batch instanceof Error) throw batch;
-    const waited = this.#dataWait + (performance.now() - asked);
-    const given = inOrder(job, batch);
-    this.#scaled = lossScale;
-    this.#watched.clear();
-    const logged = detailed && this.#hasLogged;
-    const walkAll = (inspector?: Inspector): Promise<void> => this.#walkAll(parameters, { given, logged, inspector });
-    await walkAll();
+    // a step that was issued ahead runs from the end of the step before it
+    const begun = this.#ahead ? this.#endedAt : performance.now();
+    const step = this.#ahead ? this.#takeAhead(detailed) : await this.#issueNext(detailed);
+    const waitedMs = this.#dataWait;
+    const { parameters } = step;
+    this.#scaled = parameters.lossScale;
     // read the next batch while the device computes
     const after = parameters.first + parameters.batch;
-    const finished = this.#localRanks.finish();
-    const read = () => readNumbers(this.#plan, this.#localRanks, this.#programs.buffer, detailed);
-    // where copies follow the work of the step on the device, they are there when it ends
-    const issued = this.#localRanks.readsInOrder ? read() : undefined;
-    // a failure is thrown where the numbers are awaited
-    issued?.catch(() => undefined);
     const from = performance.now();
-    this.#next = this.#read(after, batchAt(train, after));
+    this.#next = this.#read(after, batchAt(job.train, after));
     const loaded = performance.now();
     this.#inputs.whileComputing?.(this.#seconds);
-    await finished;
+    if (next) await this.#issueAhead(next, step, begun + 1000 * this.#seconds - EARLY);
+    this.#localRanks.report?.(this.#ahead ? "the end of the step before" : "the end of the step");
+    const ended = await step.ended;
     // a device that still computes when the batch is there has not waited; otherwise it may have, for as long as the reading took
-    this.#dataWait = performance.now() - loaded > BUSY ? 0 : loaded - from;
+    this.#dataWait = ended - loaded > BUSY ? 0 : loaded - from;
     const memory = detailed ? this.#localRanks.memoryInUse?.() : undefined;
-    const numbers = await (issued ?? read());
-    const fp16 = train.precision === "fp16";
-    const found = nonfiniteIn(numbers);
-    const outcome: Outcome = !found ? "updated" : fp16 && found.metric === "grad_norm" ? "overflowed" : "nonfinite";
-    const step = this.#schedule.progress().steps + 1;
-    const nonfinite = found && outcome === "nonfinite" ? await this.#located(found, walkAll) : undefined;
-    if (nonfinite && train.on_nonfinite === "stop") {
-      this.#next = undefined;
-      throw stopAt(step, nonfinite);
-    }
+    const numbers = await step.numbers();
+    const { outcome, nonfinite } = await this.#judged(step, numbers);
     this.#schedule.done(outcome);
-    const learnt = hasTokenWeights(job) ? learntOf(job, batch) : undefined;
-    this.#seconds = (performance.now() - begun) / 1000;
-    if (train.on_nonfinite === "stop" && this.#schedule.hopeless() >= MOST_OVERFLOWS) throw stopAtScale(step, lossScale);
-    return {
-      step,
-      ...reported(numbers, {
-        upscale,
-        aux: given.aux_weight?.[0] ?? 1,
-        loss: learnt?.loss ?? 1,
-        mtp: learnt?.mtp ?? 1,
-        depths: learnt?.depths,
-      }),
-      ...(learnt && { labels: learnt.labels }),
-      lr,
-      tokens: parameters.batch * model.seq,
-      seconds: this.#seconds,
-      data_wait_seconds: waited / 1000,
-      ...(memory !== undefined && { memory_bytes: memory }),
-      ...(detailed && job.data.documents?.mask && batch.documents && { attention_share: attentionShare(batch.documents, model.seq) }),
-      ...(fp16 && { loss_scale: lossScale }),
-      ...((fp16 || train.on_nonfinite === "skip") && { skipped: outcome !== "updated" }),
-      ...(nonfinite && { nonfinite: nonfiniteText(nonfinite) }),
-    };
+    this.#endedAt = performance.now();
+    this.#seconds = (this.#endedAt - begun) / 1000;
+    const { steps } = this.progress();
+    if (job.train.on_nonfinite === "stop" && this.#schedule.hopeless() >= MOST_OVERFLOWS) throw stopAtScale(steps, parameters.lossScale);
+    const isSkipped = outcome !== "updated";
+    return resultOf(job, step, { step: steps, numbers, seconds: this.#seconds, waitedMs, memory, isSkipped, nonfinite });
   }
 
   skipStep(): void {
+    this.expectBetweenSteps();
+    this.#mayBegin = undefined;
     this.#schedule.skip();
     // the batch that was read ahead is that of the step
     this.#next = undefined;
   }
 
-  evaluate(part: HeldOutPart): Promise<EvaluationResult> {
+  async evaluate(part: HeldOutPart): Promise<EvaluationResult> {
+    this.expectBetweenSteps();
     const data = this.#inputs.heldOut?.[part];
     if (!data) throw new Error(`rankc: the run has no ${part} data`);
     const parts = { plan: this.#plan, localRanks: this.#localRanks, programs: this.#programs, parameters: this.#parameters };
@@ -243,6 +252,7 @@ class TrainingLoop {
   }
 
   async gradients(): Promise<Map<string, Tensor>> {
+    this.expectBetweenSteps();
     const all = await this.#parameters.collect(
       (p) => p.gradient,
       (p) => p.rule !== "expert_bias" && p.rule !== "quantile",
@@ -251,7 +261,8 @@ class TrainingLoop {
     return new Map([...all].map(([name, { shape, data }]) => [name, { shape, data: data.map((x) => x / this.#scaled) }]));
   }
 
-  parameters(): Promise<Map<string, Tensor>> {
+  async parameters(): Promise<Map<string, Tensor>> {
+    this.expectBetweenSteps();
     return this.#parameters.collect((p) => p.master);
   }
 
@@ -270,23 +281,57 @@ class TrainingLoop {
     });
   }
 
-  /** Issues the step on all local ranks. With an inspector, instruction by instruction. */
-  #walkAll(parameters: StepParameters, { given, logged, inspector }: Walk): Promise<void> {
-    const { microbatches } = parameters;
-    const localRanks = this.#localRanks;
-    const feed = feedOf(this.#plan.job, parameters, given);
-    const replayed = localRanks.beginStep?.(microbatches, logged ? "logged" : "training") ?? false;
-    const walks = localRanks.ranks.map((rank): [number, Generator<string>] => [
-      rank,
-      walkStep({
-        ...{ rank, microbatches, replayed, logged, inspector, comm: localRanks.comm },
-        stage: this.#programs.of(rank),
-        device: localRanks.rankDevice(rank),
-        feed: (b, input, microbatch) => this.#parameters.shardFor(feed(input, microbatch), b, rank),
-        onCompute: (i, at) => this.#watch(rank, i, at),
-      }),
-    ]);
-    return runTogether(new Map(walks), inspector?.settled);
+  /** Issues the next step. Throws the error of reading its batch. */
+  async #issueNext(detailed: boolean): Promise<IssuedStep> {
+    const parameters = this.#schedule.next();
+    const asked = performance.now();
+    const batch = this.#next ?? this.#read(parameters.first, parameters.batch);
+    if (batch instanceof Error) throw batch;
+    this.#dataWait += performance.now() - asked;
+    return this.#issue({ parameters, batch, detailed });
+  }
+
+  /**
+   * Issues the step after `running` at `time` (of performance.now()), or when `running` ends before it. Does nothing if that step depends on
+   * the numbers of `running`, cannot begin before its end, or is not to begin. All processes of a run decide the same.
+   */
+  async #issueAhead({ detailed = false }: StepOptions, running: IssuedStep, time: number): Promise<void> {
+    const { train } = this.#plan.job;
+    const batch = this.#next;
+    const parameters = this.#schedule.following();
+    // the schedule and the loss scale depend on whether a step updated the weights
+    const isKnown = train.precision !== "fp16" && train.on_nonfinite === "stop";
+    if (!isKnown || !batch || batch instanceof Error || !this.#issuer.canIssueAhead(parameters, detailed)) return;
+    await endOrTime(running.ended, time);
+    if (this.mayBegin()) this.#ahead = await this.#issue({ parameters, batch, detailed });
+  }
+
+  async #issue(order: StepOrder): Promise<IssuedStep> {
+    this.#next = undefined;
+    this.#watched.clear();
+    return this.#issuer.issue(order);
+  }
+
+  #takeAhead(detailed: boolean): IssuedStep {
+    const step = this.#ahead;
+    if (step?.detailed !== detailed) throw new Error("rankc: the step was issued with other options");
+    this.#ahead = undefined;
+    return step;
+  }
+
+  /** Returns the outcome of a step. Throws a StepFault if it ends the run. */
+  async #judged(step: IssuedStep, numbers: StepNumbers): Promise<{ readonly outcome: Outcome; readonly nonfinite?: Nonfinite }> {
+    const { train } = this.#plan.job;
+    const found = nonfiniteIn(numbers);
+    if (!found) return { outcome: "updated" };
+    if (train.precision === "fp16" && found.metric === "grad_norm") return { outcome: "overflowed" };
+    const nonfinite = await this.#located(found, step);
+    if (train.on_nonfinite !== "stop") return { outcome: "nonfinite", nonfinite };
+    this.#next = undefined;
+    // the next step may have changed the weights; no work is in flight after a StepFault
+    this.#isOver = this.#ahead !== undefined;
+    await this.#ahead?.ended.catch(() => undefined);
+    throw stopAt(this.progress().steps + 1, nonfinite);
   }
 
   /** Starts to copy the watched buffers that an op wrote. */
@@ -301,11 +346,10 @@ class TrainingLoop {
   }
 
   /** Adds the origin of a non-finite value, if the run is debugged: the step changed no weights, so a repetition gives the same values. */
-  async #located(found: Nonfinite, walkAll: (inspector: Inspector) => Promise<void>): Promise<Nonfinite> {
+  async #located(found: Nonfinite, step: IssuedStep): Promise<Nonfinite> {
     if (!this.#inputs.debugNonfinite) return found;
     const seeker = inspector(this.#programs.buffer, this.#localRanks.rankDevice);
-    await walkAll(seeker);
-    await this.#localRanks.finish();
+    await step.repeat(seeker);
     const origin = seeker.origin();
     return origin === undefined ? found : { ...found, origin };
   }
@@ -317,4 +361,15 @@ class TrainingLoop {
       return error as Error;
     }
   }
+}
+
+/** Waits for the end of a step, at most until a time of performance.now(). Rejects with the step. */
+async function endOrTime(ended: Promise<unknown>, time: number): Promise<void> {
+  const milliseconds = time - performance.now();
+  if (milliseconds <= 0) return;
+  let timer: ReturnType<typeof setTimeout> | undefined;
+  const pause = new Promise<void>((resolve) => {
+    timer = setTimeout(resolve, milliseconds);
+  });
+  await Promise.race([ended, pause]).finally(() => clearTimeout(timer));
 }

@@ -1,6 +1,6 @@
 /** Reads the metrics of a step from the device, once, after the step. */
 
-import type { Buffer, MetricName, Plan } from "../../schemas/plan.ts";
+import type { Buffer, MetricName, Plan, Program } from "../../schemas/plan.ts";
 import { rankAt } from "../../schemas/sharding.ts";
 import type { HostData, LocalRanks } from "../backend.ts";
 
@@ -43,45 +43,84 @@ interface StageNumbers {
 }
 
 /**
- * Reads the metrics of stages whose first rank is a local rank, and combines them with those of other processes. `detailed`: also the table
- * of expert expertTable, and the range of expert biases.
+ * Issues the reads of the metrics of stages whose first rank is a local rank. Returns a function that awaits them, and combines them with
+ * those of other processes. `detailed`: also the table of expert loads, and the range of expert biases.
  */
-export async function readNumbers(
-  { programs, mesh }: Plan,
+export function issueReads(
+  plan: Plan,
   { ranks, rankDevice, combine = async (values) => [...values] }: Pick<LocalRanks, "ranks" | "rankDevice" | "combine">,
   bufferOf: (rank: number, id: string) => Buffer,
   detailed = false,
-): Promise<StepNumbers> {
+): () => Promise<StepNumbers> {
+  const { programs, mesh } = plan;
+  const sizes = sizesIn(programs);
+  const stages = Promise.all(
+    programs.map((program) => {
+      const rank = rankAt(mesh, program.stage, 0);
+      if (!ranks.includes(rank)) return emptyStage(sizes.depths);
+      return readStage(program, (id) => rankDevice(rank).read(bufferOf(rank, id), 0), { ...sizes, detailed });
+    }),
+  );
+  // a failure is thrown where the numbers are awaited
+  stages.catch(() => undefined);
+  return async () => combined(programs, await stages, { ...sizes, detailed, combine });
+}
+
+/** Sizes that the metrics of a plan have: layers with experts, experts of a layer, depths of multi-token prediction. */
+interface MetricSizes {
+  readonly layers: number;
+  readonly experts: number;
+  readonly depths: number;
+}
+
+function sizesIn(programs: Plan["programs"]): MetricSizes {
   const [layers = 0, experts = 1] = programs.flatMap(({ metrics, buffers }) => sizesOf(metrics.expert_loads, buffers))[0] ?? [];
-  const depths = Math.max(0, ...programs.map(({ mtp_losses = [] }) => mtp_losses.length));
-  const all = programs.map(() => emptyStage(depths));
-  for (const { stage, metrics, mtp_losses = [], parameters } of programs) {
-    const rank = rankAt(mesh, stage, 0);
-    const own = all[stage];
-    if (!own || !ranks.includes(rank)) continue;
-    const readAll = (ids: readonly string[]): Promise<HostData[]> =>
-      Promise.all(ids.map((id) => rankDevice(rank).read(bufferOf(rank, id), 0)));
-    const read = (name: MetricName): Promise<HostData[]> => readAll(metrics[name] ?? []);
-    // all copies are issued before the first is awaited; the norms are equal on all ranks
-    const [sums, depthLosses, norms, squares, tables] = await Promise.all([
-      Promise.all(summed.map(read)),
-      Promise.all(own.depths.map((_, k) => readAll(mtp_losses[k] ?? []))),
-      stage === 0 ? read("grad_norm") : [],
-      stage === 0 ? read("parameter_squares") : [],
-      read("expert_loads"),
-    ]);
-    for (const [n, name] of summed.entries())
-      for (const [value = 0] of sums[n] ?? []) own.sums.set(name, (own.sums.get(name) ?? 0) + value);
-    own.depths = depthLosses.map((losses) => total(losses.map(([value = 0]) => value)));
-    for (const [value = 0] of norms) own.norm = value;
-    for (const [value = 0] of squares) own.squares = value;
-    if (metrics.expert_loads === undefined) continue;
-    own.expertTable = addUp(tables, layers * experts);
-    own.largestLoad = largestLoad(own.expertTable, experts);
-    if (!detailed) continue;
-    const biases = await readAll(parameters.flatMap(({ rule, buffer }) => (rule === "expert_bias" ? [buffer] : [])));
-    if (biases.length > 0) own.bias = [Math.min(...biases.flatMap((b) => [...b])), Math.max(...biases.flatMap((b) => [...b]))];
-  }
+  return { layers, experts, depths: Math.max(0, ...programs.map(({ mtp_losses = [] }) => mtp_losses.length)) };
+}
+
+/** Reads the numbers of one stage. All reads are issued before the first is awaited. */
+async function readStage(
+  { stage, metrics, mtp_losses = [], parameters }: Program,
+  read: (id: string) => Promise<HostData>,
+  { layers, experts, depths, detailed }: MetricSizes & { readonly detailed: boolean },
+): Promise<StageNumbers> {
+  const readAll = (ids: readonly string[]): Promise<HostData[]> => Promise.all(ids.map(read));
+  const readMetric = (name: MetricName): Promise<HostData[]> => readAll(metrics[name] ?? []);
+  const hasExperts = metrics.expert_loads !== undefined;
+  const biasIds = detailed && hasExperts ? parameters.flatMap(({ rule, buffer }) => (rule === "expert_bias" ? [buffer] : [])) : [];
+  const own = emptyStage(depths);
+  const [sums, depthLosses, norms, squares, tables, biases] = await Promise.all([
+    Promise.all(summed.map(readMetric)),
+    Promise.all(own.depths.map((_, k) => readAll(mtp_losses[k] ?? []))),
+    // the norms are equal on all ranks
+    stage === 0 ? readMetric("grad_norm") : [],
+    stage === 0 ? readMetric("parameter_squares") : [],
+    readMetric("expert_loads"),
+    readAll(biasIds),
+  ]);
+  for (const [n, name] of summed.entries()) for (const [value = 0] of sums[n] ?? []) own.sums.set(name, (own.sums.get(name) ?? 0) + value);
+  own.depths = depthLosses.map((losses) => total(losses.map(([value = 0]) => value)));
+  for (const [value = 0] of norms) own.norm = value;
+  for (const [value = 0] of squares) own.squares = value;
+  if (!hasExperts) return own;
+  own.expertTable = addUp(tables, layers * experts);
+  own.largestLoad = largestLoad(own.expertTable, experts);
+  if (biases.length > 0) own.bias = [Math.min(...biases.flatMap((b) => [...b])), Math.max(...biases.flatMap((b) => [...b]))];
+  return own;
+}
+
+/** What `combined` needs. */
+interface Combining extends MetricSizes {
+  readonly detailed: boolean;
+  readonly combine: NonNullable<LocalRanks["combine"]>;
+}
+
+/** Combines the numbers of all stages, those of other processes included. */
+async function combined(
+  programs: Plan["programs"],
+  all: readonly StageNumbers[],
+  { layers, experts, depths, detailed, combine }: Combining,
+): Promise<StepNumbers> {
   const biased = detailed ? programs.filter(({ parameters }) => parameters.some(({ rule }) => rule === "expert_bias")) : [];
   const table = detailed
     ? addUp(

@@ -135,6 +135,7 @@ export async function openRun(plan: Plan, settings: RunSettings): Promise<OpenRu
     }
     const beginSave = async (): Promise<PendingSave> => {
       if (!saver) throw new Error("the run was opened without a folder for checkpoints");
+      run.expectBetweenSteps();
       return saver.begin(run.progress());
     };
     const save = async (): Promise<string> => {

@@ -42,6 +42,8 @@ export interface TrainingSchedule {
   progress(): RunProgress;
   /** Returns the parameters of the next step. */
   next(): StepParameters;
+  /** Returns the parameters of the step after the next, if the next updates the weights, and no loss scale depends on it. */
+  following(): StepParameters;
   /** Completes the step. A skipped step does not advance the learning rate, the weight decay or the bias correction. */
   done(outcome: Outcome): void;
   /** Reads over the data of the next step, which trains nothing. */
@@ -54,14 +56,20 @@ export interface TrainingSchedule {
 export function trainingSchedule({ train, parallel }: Pick<Job, "train" | "parallel">, from?: RunProgress): TrainingSchedule {
   const scale: LossScale = lossScaleOf(train.loss_scale !== null && train.precision === "fp16" ? train.loss_scale : 1, from?.loss_scale);
   let { steps, read, trained, updates } = from ?? { steps: 0, read: 0, trained: 0, updates: 0 };
+  /** The parameters of a step after so many sequences read, sequences trained, and updates. */
+  const parametersAt = (first: number, learnt: number, before: number): StepParameters => {
+    const batch = batchAt(train, first);
+    return {
+      ...{ first, batch, microbatches: batch / (train.micro_batch * parallel.data), upscale: train.global_batch / batch },
+      ...{ lr: learningRate(train, learnt), weightDecay: weightDecay(train, learnt), lossScale: scale.value(), update: before + 1 },
+    };
+  };
   return {
     progress: () => ({ steps, read, trained, updates, loss_scale: scale.state() }),
-    next() {
+    next: () => parametersAt(read, trained, updates),
+    following() {
       const batch = batchAt(train, read);
-      return {
-        ...{ first: read, batch, microbatches: batch / (train.micro_batch * parallel.data), upscale: train.global_batch / batch },
-        ...{ lr: learningRate(train, trained), weightDecay: weightDecay(train, trained), lossScale: scale.value(), update: updates + 1 },
-      };
+      return parametersAt(read + batch, trained + batch, updates + 1);
     },
     hopeless: () => scale.hopeless(),
     skip() {

@@ -5,10 +5,15 @@ import type { Job } from "../../schemas/job.ts";
 /** Receives the result of an evaluation; called by the process that leads. */
 export type OnEvaluation = (result: EvaluationResult) => void;
 
-/** Evaluates after a step that is not the last, if one is due. All processes of a run call it after the same step. Returns the results. */
-export async function evaluateWithin(run: Run, { train }: Job, step: number, on: OnEvaluation): Promise<EvaluationResult[]> {
+/** Returns whether an evaluation is due after a step that is not the last. All processes of a run return the same. */
+export function isEvaluationDue(run: Pick<Run, "heldOut">, { train }: Job, step: number): boolean {
   const every = train.evaluation?.every ?? null;
-  if (every === null || step % every !== 0 || !run.heldOut.includes("validation")) return [];
+  return every !== null && step % every === 0 && run.heldOut.includes("validation");
+}
+
+/** Evaluates after a step that is not the last, if one is due. All processes of a run call it after the same step. Returns the results. */
+export async function evaluateWithin(run: Run, job: Job, step: number, on: OnEvaluation): Promise<EvaluationResult[]> {
+  if (!isEvaluationDue(run, job, step)) return [];
   const result = await run.evaluate("validation");
   if (run.leads) on(result);
   return [result];

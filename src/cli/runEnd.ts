@@ -50,10 +50,13 @@ export class RunEnd {
     if (this.#reason) run.stop();
   }
 
-  /** Stops the run if another step, and a checkpoint that takes `saveSeconds`, would end after the time limit. */
-  afterStep(stepSeconds: number, saveSeconds: number): void {
+  /**
+   * Stops the run if another step, and a checkpoint that takes `saveSeconds`, would end after the time limit. `isAhead`: the next step has
+   * begun; the run ends after it at the earliest, so the step after it is decided on.
+   */
+  afterStep(stepSeconds: number, saveSeconds: number, isAhead = false): void {
     this.#steps = [...this.#steps.slice(-9), stepSeconds];
-    const end = performance.now() / 1000 + Math.max(...this.#steps) + saveSeconds;
+    const end = performance.now() / 1000 + (isAhead ? 2 : 1) * Math.max(...this.#steps) + saveSeconds;
     if (end > this.#limit) this.#end({ by: "time limit", code: TIME_LIMIT_CODE });
   }
 

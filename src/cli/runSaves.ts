@@ -63,14 +63,19 @@ export class RunSaves {
     return this.#saved;
   }
 
+  /** Whether a checkpoint begins after a step. */
+  isDue(step: number): boolean {
+    const { saveEvery } = this.#options;
+    return saveEvery !== undefined && step % saveEvery === 0;
+  }
+
   /**
    * Begins a checkpoint if one is due after this step. Throws the error of an earlier one. Returns the seconds that training waited, and
    * those of a checkpoint that has become complete since the last call.
    */
   async afterStep(step: number): Promise<SaveSeconds> {
     this.#expectSaved();
-    const { saveEvery } = this.#options;
-    const begun = saveEvery !== undefined && step % saveEvery === 0 ? await this.#begin() : undefined;
+    const begun = this.isDue(step) ? await this.#begin() : undefined;
     const seconds = { ...this.#seconds, ...(begun && { save_stall_seconds: begun.stallSeconds, save_stall_parts: begun.stall }) };
     this.#seconds = {};
     return seconds;

@@ -4,7 +4,7 @@ import type { EvaluationResult, StepResult } from "../../runtime/train/loop.ts";
 import type { OpenRun } from "../../runtime/train/openRun.ts";
 import type { Job } from "../../schemas/job.ts";
 import { Trouble } from "../../schemas/trouble.ts";
-import { evaluateWithin } from "./evaluations.ts";
+import { evaluateWithin, isEvaluationDue } from "./evaluations.ts";
 import type { Dashboard } from "./log/dashboard.ts";
 import type { RunLog } from "./log/runLog.ts";
 import { isIn, type StepRange } from "./options.ts";
@@ -65,20 +65,8 @@ export interface Training {
 }
 
 /** Runs steps until the last, or until the ranks agree to stop. */
-export async function trainSteps({
-  run,
-  job,
-  options,
-  steps,
-  saves,
-  end,
-  totals,
-  startup,
-  metrics,
-  log,
-  dashboard,
-  onEvaluation,
-}: Training): Promise<void> {
+export async function trainSteps(training: Training): Promise<void> {
+  const { run, job, options, steps, saves, end, totals, startup, metrics, log, dashboard, onEvaluation } = training;
   const before = run.progress().steps;
   if (before >= steps) {
     // a batch system starts a complete run again
@@ -93,7 +81,9 @@ export async function trainSteps({
       if (run.leads) printProgress(`step ${run.progress().steps}/${steps}  skipped`);
       continue;
     }
-    const step = await run.step({ detailed: isDetailed(run.progress().steps + 1, options) });
+    const number = run.progress().steps + 1;
+    const next = followsDirectly(number, training) ? { detailed: isDetailed(number + 1, options) } : undefined;
+    const step = await run.step({ detailed: isDetailed(number, options), next });
     totals.add(step);
     const started = totals.done === 1 ? startup.end("first_step") : undefined;
     if (run.leads && started) printStderr(startupLine(started));
@@ -105,11 +95,15 @@ export async function trainSteps({
     else if (run.leads && (isTerminal() || step.step === steps || isDue(step.step, options)))
       printProgress(progressLine(step, steps, totals.pace));
     if (step.step < steps) await evaluateWithin(run, job, step.step, onEvaluation);
-    end.afterStep(step.seconds, saves.saved?.seconds ?? 0);
+    end.afterStep(step.seconds, saves.saved?.seconds ?? 0, run.isAhead());
     // a step on the CPU blocks the event loop; signals arrive here
     await new Promise(setImmediate);
   }
 }
+
+/** Whether nothing happens between a step and the next one: no checkpoint, no evaluation, no skipped step, no end. */
+const followsDirectly = (step: number, { run, job, steps, saves, options }: Training): boolean =>
+  step < steps && !saves.isDue(step) && !isEvaluationDue(run, job, step) && !isIn(options.skipSteps ?? [], step + 1);
 
 /** Whether the log has a line for a step. */
 const isDue = (step: number, { logInterval }: Pick<StepsOptions, "logInterval">): boolean => step % logInterval === 0;

@@ -4,11 +4,17 @@
  * object to stdout, all else to stderr.
  *
  *     npm run bench:cuda-model -- [test/bench/jobs/mixtral-8x7b-4-layers.yaml] [--set KEY=VALUE] [--steps 9] [--rows 60] [--limit 60]
- *     [--without heads] [--with norm_sums]
+ *     [--without heads] [--with norm_sums] [--one-by-one]
  *
+<<<<<<< HEAD
  * `moe` is the time of the layers of experts with their routers, `host_ms` what the host takes between two replays. step_ms is of steps that are
  * replayed as a graph. forward_backward_ms and optimizer_ms are of steps with events at the ends of these parts only, as peers are measured; `moe`, by_op and the table are of a last step
  * whose instructions are timed one by one, which takes 1 to 3 µs more for each. With
+=======
+ * `moe` is the time of the layers of experts with their routers, `host_ms` what the host takes between the end of a step and the begin of the next, for the inputs and for the launch of a replay; steps are issued while
+ * the step before them runs, with --one-by-one after its end. The medians are of steps that are
+ * replayed as a graph; the parts are those of a step whose instructions are timed one by one. With
+>>>>>>> 3e24374 (wip)
  * --profile-only no step is a graph: one set of weights is written instead of two. --without and --with name fusions that the plan lacks, or has beside those of the target. Each part of the script has its limit, a step --limit
  * seconds: past it the script prints where it stood, and ends. Started by node itself: the command tsx keeps a script whose main thread
  * is blocked from ending by SIGTERM.
@@ -42,6 +48,7 @@ const { values, positionals } = parseArgs({
     rows: { type: "string", default: "60" },
     limit: { type: "string", default: "60" },
     "profile-only": { type: "boolean", default: false },
+    "one-by-one": { type: "boolean", default: false },
   },
 });
 const [file = "test/bench/jobs/mixtral-8x7b-4-layers.yaml"] = positionals;
@@ -104,14 +111,14 @@ async function open(what: string, profile: TimedWork) {
     },
   };
   let replayed = false;
-  // milliseconds of the host in which the device has nothing to do: from the end of a step to the begin of the next, writes of inputs, the launch
+  // milliseconds of the host: from the end of a step to the begin of the next, if it begins after it; writes of inputs; the launch
   const host = { ended: 0, begun: 0, between: [] as number[], writes: [] as number[], launch: [] as number[] };
   const watched = {
     ...localRanks,
     rankDevice: () => device,
     beginStep(microbatches: number) {
       host.begun = performance.now();
-      host.between.push(host.begun - host.ended);
+      if (values["one-by-one"]) host.between.push(host.begun - host.ended);
       return (replayed = localRanks.beginStep(microbatches));
     },
     async finish() {
@@ -130,9 +137,10 @@ async function open(what: string, profile: TimedWork) {
   const run = runOn(plan, { localRanks: watched, batch, checkpoint: { read: weights } });
   return {
     ...{ localRanks, run, host },
-    async step(n: number) {
+    /** `last`: the number of the last step. */
+    async step(n: number, last: number) {
       limits.part(`${what}: step ${n}`, limit);
-      const result = await run.step();
+      const result = await run.step({ next: n < last && !values["one-by-one"] ? {} : undefined });
       process.stderr.write(`          ${(result.seconds * 1e3).toFixed(1)} ms, loss ${result.loss.toFixed(3)}\n`);
       return result;
     },
@@ -151,7 +159,7 @@ async function replays() {
   const milliseconds: number[] = [];
   const idle: number[] = [];
   for (let n = 1; n <= steps + 3; n++) {
-    const { seconds } = await step(n);
+    const { seconds } = await step(n, steps + 3);
     // two steps are issued and captured, and the first replay uploads the graph
     if (n <= 3) continue;
     milliseconds.push(seconds * 1e3);
@@ -182,7 +190,7 @@ async function profiled() {
   const { run, step, close } = await open("profile", (id) => isWhole || ends.has(id));
   const times: { readonly model: number; readonly optimizer: number; readonly all: number }[] = [];
   for (let n = 1; n <= steps + 1; n++) {
-    await step(n);
+    await step(n, n);
     const timings = await run.profile();
     if (n > 1)
       times.push({
@@ -192,7 +200,7 @@ async function profiled() {
       });
   }
   isWhole = true;
-  await step(steps + 2);
+  await step(steps + 2, steps + 2);
   const timings = await run.profile();
   const device_gib = (heldBytes() - heldBefore) / 2 ** 30;
   await close();

@@ -1,5 +1,6 @@
 /** The CUDA backend before stand-ins for the driver and NCCL: what a launch is given, and what goes wrong. */
 import { afterAll, afterEach, beforeAll, describe, expect, test, vi } from "vitest";
+import type { CudaRanks } from "../../runtime/cuda/backend.ts";
 import type { Arg, Buffer, Collective, Compute, Kernel } from "../../schemas/plan.ts";
 import { scratch, startOf } from "../../src/codegen/launchArgs.ts";
 import {
@@ -164,15 +165,51 @@ describe.skipIf(noCompiler)(`errors, with stand-ins${noCompiler}`, () => {
       forward: [needed],
     });
     const [localRanks] = await cuda.openAll(plan);
-    let rows = 8;
-    cuda.serve({ count: (params) => new Int32Array(bytesAt(params.getBigUint64(0, true), 4)).fill(rows) });
+    const rows = [8, 8, 8, 9, 8];
+    let step = 0;
+    cuda.serve({ count: (params) => new Int32Array(bytesAt(params.getBigUint64(0, true), 4)).fill(rows[step++] ?? 0) });
     for (let n = 0; n < 3; n++) await cuda.step([localRanks!], plan, () => Float32Array.of());
-    rows = 9;
-    expect(await failure(cuda.step([localRanks!], plan, () => Float32Array.of()))).toMatchObject({
+    // the next step begins before the end of the one with too many rows is awaited
+    expect(localRanks!.canBeginAhead?.(1, "training")).toBe(true);
+    localRanks!.beginStep(1);
+    const exceeded = failure(localRanks!.finish());
+    localRanks!.beginStep(1);
+    const next = localRanks!.finish();
+    expect(await exceeded).toMatchObject({
       name: "Trouble",
       message: "n, rank 0: the router sent 9 rows, and the plan holds at most 8",
     });
+    await next;
+    expect(localRanks!.canBeginAhead?.(2, "training")).toBe(false);
+    expect(localRanks!.canBeginAhead?.(1, "logged")).toBe(false);
     await localRanks!.close();
+  });
+
+  test("steps that begin before the end of others have inputs and results of their own", async () => {
+    const plan = handOf({ world: 2, forward: [moveOf("all_reduce", "x", "y")] });
+    const [x, y] = [bufferIn(plan, "x"), bufferIn(plan, "y")];
+    const all = await cuda.openAll(plan);
+    const [first, second] = all;
+    if (!first || !second) throw new Error("no ranks");
+    const begin = (ranks: CudaRanks, value: number) => {
+      const [rank = 0] = ranks.ranks;
+      const device = ranks.rankDevice(rank);
+      const replayed = ranks.beginStep(1);
+      device.write(x, 0, Float32Array.of(value));
+      if (!replayed) ranks.comm.collective(rank, plan.programs[0]!.chunks[0]!.forward[0] as Collective, at);
+      return Promise.all([ranks.finish(), device.read(y, 0)]).then(([, sum]) => sum[0]);
+    };
+    for (let n = 0; n < 2; n++) await Promise.all([begin(first, 1), begin(second, 1)]);
+    // the first replay waits for the other rank, the second has not read its inputs when those of the third are written
+    const early = [1, 2].map((value) => begin(first, value));
+    // the times of the replay before, which has ended, and of the one under way
+    expect(first.idle()).toBeGreaterThanOrEqual(0);
+    early.push(begin(first, 3));
+    const late = [10, 20, 30].map((value) => begin(second, value));
+    expect(await Promise.all(early)).toEqual([11, 22, 33]);
+    expect(await Promise.all(late)).toEqual([11, 22, 33]);
+    for (const ranks of all) expect(ranks.idle()).toBeLessThanOrEqual(1);
+    await closeAll(all);
   });
 
   test("a failed rank and an external abort end the waits of the other ranks", async () => {
