@@ -29,6 +29,9 @@ export type TensorMap = z.infer<typeof TensorMap>;
 /** An argument of a launch. */
 export const Arg = z.discriminatedUnion("kind", [
   z.strictObject({ kind: z.literal("operand"), name: z.string() }).describe("the address of an operand of the op"),
+  z
+    .strictObject({ kind: z.literal("tensors"), name: z.string(), count: count.min(2) })
+    .describe("the addresses of an operand of all tensors of the instruction, one after another"),
   z.strictObject({ kind: z.literal("rows") }).describe("the address of the index buffer of the ragged operands"),
   z.strictObject({ kind: z.literal("needed") }).describe("the address of the i32 that receives the number of rows an index needed"),
   z.strictObject({ kind: z.literal("scratch"), offset: count }).describe("the address of a byte of the scratch arena"),

@@ -122,6 +122,12 @@ export const Compute = z.strictObject({
     .record(z.string(), z.tuple([count, subAxes]))
     .describe("global size of each dim that the signature names, and the sub-axes that shard it"),
   attrs: z.record(z.string(), z.number()),
+  tensors: count
+    .min(2)
+    .optional()
+    .describe(
+      "the op runs for so many tensors: operands that its signature writes `...` are lists, of the first tensor by their names, of the second name.1 and so on; all others are shared",
+    ),
   ringOffset: z
     .record(z.string(), count)
     .optional()

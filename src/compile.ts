@@ -7,7 +7,7 @@ import { instructionsOf } from "../schemas/program.ts";
 import { generateKernels, printKernels } from "./codegen/generateKernels.ts";
 import { cpu, type Target } from "./codegen/targets.ts";
 import { printGraph } from "./passes/backward.ts";
-import { fuseFor } from "./passes/fuse.ts";
+import { fuseFor, joinFor } from "./passes/fuse.ts";
 import { lower } from "./passes/lower.ts";
 import { planMemory, printMemory, verifyMemory } from "./passes/memory.ts";
 import { buildMesh, printMesh } from "./passes/mesh.ts";
@@ -49,7 +49,7 @@ export function compile(job: Job, { target = cpu, trace = untraced, ...pick }: S
     "program",
     () => {
       const programs = lower(job, mesh, { graph, sharded, pipeline, order, ...(evaluation && { evaluation }) });
-      return overlap(job, mesh, roundProducts(job, fuseFor(target, programs)));
+      return joinFor(target, overlap(job, mesh, roundProducts(job, fuseFor(target, programs))));
     },
     countPrograms,
   );

@@ -14,7 +14,7 @@ import { generateKernels } from "./codegen/generateKernels.ts";
 import { type Fusion, fusionsOf } from "./codegen/targetNames.ts";
 import type { Target } from "./codegen/targets.ts";
 import { headAt } from "./model/positions.ts";
-import { fuseFor } from "./passes/fuse.ts";
+import { fuseFor, joinFor } from "./passes/fuse.ts";
 import { lower } from "./passes/lower.ts";
 import { aligned, forwardWorkspace, planMemory, scratchBound } from "./passes/memory.ts";
 import { buildMesh, type Mesh } from "./passes/mesh.ts";
@@ -285,7 +285,7 @@ function compiled(job: Job, chunks: readonly (readonly ModelPosition[])[], targe
     },
   };
   const mesh = buildMesh(small);
-  const programs = overlap(small, mesh, fuseFor(target, lowered(small, mesh)));
+  const programs = joinFor(target, overlap(small, mesh, fuseFor(target, lowered(small, mesh))));
   return target.plan(programs, mesh).map(({ program, memory }) => chunkMemory(program, memory, expertLayersOf(model)));
 }
 

@@ -309,6 +309,22 @@ interface CudaElementwiseCu {
   readonly width: string | number;
 }
 
+interface CudaElementwiseListCu {
+  readonly element: readonly (string | number)[];
+  readonly hasRest: boolean;
+  readonly inputs: readonly { readonly name: string | number; readonly type: string | number }[];
+  readonly list: string | number;
+  readonly name: string | number;
+  readonly once: readonly (string | number)[];
+  readonly outputs: readonly { readonly name: string | number; readonly type: string | number; readonly value: string | number }[];
+  readonly params: string | number;
+  readonly pointers: readonly { readonly name: string | number; readonly type: string | number }[];
+  readonly rounds: string | number;
+  readonly scalars: readonly (string | number)[];
+  readonly unroll: string | number;
+  readonly width: string | number;
+}
+
 interface CudaEmbedGradCu {
   readonly adds: boolean;
   readonly dtable: string | number;
@@ -792,6 +808,16 @@ interface CudaSumHeadsCu {
   readonly width: string | number;
 }
 
+interface CudaSumListCu {
+  readonly factor: string | number;
+  readonly hasRest: boolean;
+  readonly list: string | number;
+  readonly name: string | number;
+  readonly term: string | number;
+  readonly type: string | number;
+  readonly vectors: string | number;
+}
+
 interface CudaSumPartsCu {
   readonly adds: boolean;
   readonly name: string | number;
@@ -808,6 +834,19 @@ interface CudaTakeRowsCu {
   readonly type: string | number;
   readonly unroll: string | number;
   readonly vectors: string | number;
+  readonly width: string | number;
+}
+
+interface CudaTensorListCuh {
+  readonly count: string | number;
+  readonly firstBlocks: string | number;
+  readonly half: string | number;
+  readonly index: string | number;
+  readonly sizeType: string | number;
+  readonly sizes: string | number;
+  readonly threads: string | number;
+  readonly unit: string | number;
+  readonly unroll: string | number;
   readonly width: string | number;
 }
 
@@ -1480,6 +1519,7 @@ export interface Templates {
   readonly "cuda/column_reduce.cu": CudaColumnReduceCu;
   readonly "cuda/copy_slices.cu": CudaCopySlicesCu;
   readonly "cuda/elementwise.cu": CudaElementwiseCu;
+  readonly "cuda/elementwise_list.cu": CudaElementwiseListCu;
   readonly "cuda/embed_grad.cu": CudaEmbedGradCu;
   readonly "cuda/expert_counts.cu": CudaExpertCountsCu;
   readonly "cuda/f16.cuh": CudaF16Cuh;
@@ -1516,8 +1556,10 @@ export interface Templates {
   readonly "cuda/split_rows.cu": CudaSplitRowsCu;
   readonly "cuda/sum.cu": CudaSumCu;
   readonly "cuda/sum_heads.cu": CudaSumHeadsCu;
+  readonly "cuda/sum_list.cu": CudaSumListCu;
   readonly "cuda/sum_parts.cu": CudaSumPartsCu;
   readonly "cuda/take_rows.cu": CudaTakeRowsCu;
+  readonly "cuda/tensor_list.cuh": CudaTensorListCuh;
   readonly "cuda/top_k_mask.cu": CudaTopKMaskCu;
   readonly "cuda/top_k_warp.cu": CudaTopKWarpCu;
   readonly "cuda/total.cu": CudaTotalCu;

@@ -10,6 +10,7 @@ import type { Buffer, BufferKind, Compute, Plan } from "../../schemas/plan.ts";
 import { printable } from "../../schemas/printable.ts";
 import { activationBytes, activationStart } from "../../schemas/program.ts";
 import { blockStart, elementsOf, globalStart, numberInStage, shardCount } from "../../schemas/sharding.ts";
+import { membersOf } from "../../schemas/tensorLists.ts";
 import type { Timing } from "../../schemas/timing.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import { ops } from "../../src/ops/index.ts";
@@ -145,6 +146,12 @@ class CpuRankDevice implements HostRankDevice {
 
   /** Binds an op to its buffers in one activation copy, once; the result runs for every microbatch. */
   #bind(i: Compute, copy: number): BoundOp {
+    if (i.tensors !== undefined) {
+      const each = membersOf(i).map((one) => this.#bind(one, copy));
+      return () => {
+        for (const run of each) run();
+      };
+    }
     const op = ops[i.op];
     const { sizes, starts, block } = this.#localDims(i);
     const operands = [

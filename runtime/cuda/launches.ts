@@ -7,6 +7,7 @@ import { neededOf, readsOf, rowIndexOf, writesOf } from "../../schemas/effects.t
 import { entryOf, itemOf } from "../../schemas/lookup.ts";
 import type { Arg, Compute, Kernel, Plan, Program } from "../../schemas/plan.ts";
 import { blockStart, globalStart, numberInStage } from "../../schemas/sharding.ts";
+import { listedName } from "../../schemas/tensorLists.ts";
 import type { CudaArenas, DeviceRange } from "./arenas.ts";
 import { type Context, type DevicePointer, packParams, type Stream } from "./driver.ts";
 import { type LoadedKernels, named } from "./kernels.ts";
@@ -50,6 +51,10 @@ export function binder({ plan, rank, program, context, arenas, kernels }: Ground
       switch (arg.kind) {
         case "operand":
           return pointer(arg.name, operands[arg.name]);
+        case "tensors": {
+          const names = Array.from({ length: arg.count }, (_, n) => listedName(arg.name, n));
+          return new Uint8Array(BigUint64Array.from(names, (name) => pointer(name, operands[name])).buffer);
+        }
         case "rows":
           return pointer("rows", rows);
         case "needed":

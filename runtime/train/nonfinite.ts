@@ -7,6 +7,7 @@ import { dtypes } from "../../schemas/dtypes.ts";
 import { transportOps } from "../../schemas/effects.ts";
 import type { OpName } from "../../schemas/opNames.ts";
 import type { Buffer, Compute, Instruction } from "../../schemas/plan.ts";
+import { membersOf } from "../../schemas/tensorLists.ts";
 import { Trouble } from "../../schemas/trouble.ts";
 import type { BlockPosition, HostData, RankDevice } from "../backend.ts";
 
@@ -96,7 +97,10 @@ export function inspector(bufferOf: (rank: number, id: string) => Buffer, backen
     const used = index ? (data.length / b.shape[0]!) * index[0]! : data.length;
     return data.subarray(0, used).find((x) => !Number.isFinite(x));
   }
-  async function inspect(rank: number, i: Compute, { tag, copy }: BlockPosition): Promise<void> {
+  async function inspect(rank: number, i: Compute, at: BlockPosition): Promise<void> {
+    for (const one of membersOf(i)) await inspectTensor(rank, one, at);
+  }
+  async function inspectTensor(rank: number, i: Compute, { tag, copy }: BlockPosition): Promise<void> {
     for (const [name, id] of Object.entries(i.writes)) {
       if (mayBeInfinite.has(name)) continue;
       const key = `${rank} ${id}`;

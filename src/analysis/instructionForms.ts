@@ -18,5 +18,5 @@ export function computeForm(i: Compute, formOf: (buffer: string) => number | und
   for (const name in i.reads) operands.push(name, formOf(i.reads[name] ?? ""));
   operands.push(0);
   for (const name in i.writes) operands.push(name, formOf(i.writes[name] ?? ""));
-  return JSON.stringify([i.op, attrs, i.dims, i.blocks, i.accumulates, i.ringOffset, operands]);
+  return JSON.stringify([i.op, attrs, i.dims, i.blocks, i.accumulates, i.ringOffset, i.tensors, operands]);
 }

@@ -1,15 +1,20 @@
 /** The layers of instructions, and reports that show equal layers once. */
 import type { Buffer, Collective, Instruction } from "../../schemas/plan.ts";
+import { membersOf } from "../../schemas/tensorLists.ts";
 import { layerPart } from "../model/positions.ts";
 import { ranges } from "../units.ts";
 import { anyLayer } from "./layerText.ts";
 
 /**
  * Returns the layer of an instruction: that of what it writes. An op that only adds to sums of the step, such as a loss, belongs to the layer of
- * what it reads. Undefined for instructions outside the layers.
+ * what it reads. Undefined for instructions outside the layers, and for lists of tensors of several layers.
  */
 export function layerOf(i: Instruction, buffers: { get(id: string): Buffer | undefined }): number | undefined {
   if (i.kind !== "compute") return buffers.get(i.kind === "collective" ? i.to : i.buffer)?.layer;
+  if (i.tensors !== undefined) {
+    const [layer, ...others] = new Set(membersOf(i).map((one) => layerOf(one, buffers)));
+    return others.length === 0 ? layer : undefined;
+  }
   const found = (ids: Readonly<Record<string, string>>): Buffer[] => Object.values(ids).flatMap((id) => buffers.get(id) ?? []);
   const written = found(i.writes);
   const own = written.filter(({ kind }) => kind !== "gradient");

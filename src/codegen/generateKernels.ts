@@ -8,6 +8,7 @@ import { entryOf } from "../../schemas/lookup.ts";
 import type { Buffer, Compute, Instruction, Kernel, Program } from "../../schemas/plan.ts";
 import { microbatchBlocks, microbatchesIn } from "../../schemas/program.ts";
 import { elementsOf, shardCount } from "../../schemas/sharding.ts";
+import { isOfFirst } from "../../schemas/tensorLists.ts";
 import { WEIGHTS } from "../../schemas/weightsKernel.ts";
 import { bufferForm, computeForm } from "../analysis/instructionForms.ts";
 import { ops } from "../ops/index.ts";
@@ -152,11 +153,13 @@ function kernelSpecOf(i: Compute, mesh: Mesh, buffers: ReadonlyMap<string, Progr
       ...Object.fromEntries(Object.entries(i.dims).map(([dim, [size, subAxes]]) => [dim, size / shardCount(mesh, subAxes)])),
     },
     size: Object.fromEntries(operands.map(([name, b]) => [name, elementsOf(b.shape)])),
-    dtype: Object.fromEntries(operands.map(([name, b]) => [name, b.dtype])),
-    accumulates: new Set(i.accumulates ?? []),
+    // the tensors of a list have equal types
+    dtype: Object.fromEntries(operands.flatMap(([name, b]) => (isOfFirst(name) ? [[name, b.dtype]] : []))),
+    accumulates: new Set(i.accumulates?.filter(isOfFirst)),
     bound: ragged?.shape[0] ?? 0,
     ...(i.blocks && { blocks: i.blocks.map(({ stride }) => stride) }),
     makesRows: i.rows !== undefined,
+    ...(i.tensors !== undefined && { tensors: i.tensors }),
     mayOverflow: mayOverflow(i, buffers),
     ...(sharesDevice && { sharesDevice }),
   };

@@ -6,6 +6,7 @@
 import type { Arch } from "../../schemas/devices.ts";
 import type { Dtype } from "../../schemas/dtypes.ts";
 import type { OpName } from "../../schemas/opNames.ts";
+import { listedName } from "../../schemas/tensorLists.ts";
 import { type AnyOp, type Attrs, invariant, type OperandName, type SizeName } from "../ops/op.ts";
 import type { GeneratedLaunch } from "./launchArgs.ts";
 import type { Profile } from "./targetNames.ts";
@@ -31,6 +32,8 @@ export interface KernelSpec<Operand extends string = string, Size extends string
   readonly blocks?: readonly number[];
   /** Whether the op writes the index buffer (see `offsetsAt`); otherwise it reads it. */
   readonly makesRows: boolean;
+  /** The number of tensors of a list (schemas/tensorLists.ts); then `size` has the operands of each, and `dtype` those of the first. */
+  readonly tensors?: number;
   /** Whether the rows that the op makes may exceed the bound; if so the kernel writes max(needed, rows) to the i32 argument `needed`. */
   readonly mayOverflow: boolean;
   /** Whether collectives run at the same time, which occupy multiprocessors: see `dividedGrid`. */
@@ -51,6 +54,15 @@ export function operandOf<Operand extends string>({ op, dtype, size }: KernelSpe
   const [type, elements] = [dtype[name], size[name]];
   invariant(type !== undefined && elements !== undefined, `a kernel of ${op} has no operand ${name}`);
   return { name, dtype: type, size: elements };
+}
+
+/** Returns an operand of each tensor of a list. Throws a BrokenInvariant if a tensor lacks it. */
+export function listOf({ op, size, dtype, tensors = 1 }: KernelSpec, name: string): KernelOperand[] {
+  return Array.from({ length: tensors }, (_, n) => {
+    const [type, elements] = [dtype[name], size[listedName(name, n)]];
+    invariant(type !== undefined && elements !== undefined, `a kernel of ${op} has no operand ${name} of tensor ${n}`);
+    return { name, dtype: type, size: elements };
+  });
 }
 
 /**

@@ -23,6 +23,9 @@ export const ownBlock: ArgOf<"block"> = { kind: "block" };
 /** A runtime attribute of the instruction, as 32 bits. */
 export const attributeOf = (name: string): ArgOf<"attribute"> => ({ kind: "attribute", name });
 
+/** The addresses of an operand of all tensors of a list. */
+export const tensorList = (name: string, count: number): ArgOf<"tensors"> => ({ kind: "tensors", name, count });
+
 /** The row index of the op's ragged values. */
 export const rowIndex: ArgOf<"rows"> = { kind: "rows" };
 /** The count of rows that an op needed, for ops that make rows. Ops of transport have an operand `needed` instead. */

@@ -14,9 +14,20 @@ export const targetNames: readonly string[] = ["cpu", ...profiles.map((p) => `we
 
 /**
  * Fusions after lowering (src/passes/fuse.ts): the passes over a row of logits, sums of input gradients, sums that norms read, norms and
- * rotations of heads, outputs of activations, products with the activations that read them, unpermute with a sum, two products of one operand.
+ * rotations of heads, outputs of activations, products with the activations that read them, unpermute with a sum, two products of one operand, one op
+ * of the optimizer step on several tensors.
  */
-export const fusions = ["statistics", "sums", "norm_sums", "heads", "activations", "epilogues", "combine", "twins"] as const;
+export const fusions = [
+  "statistics",
+  "sums",
+  "norm_sums",
+  "heads",
+  "activations",
+  "epilogues",
+  "combine",
+  "twins",
+  "tensor_lists",
+] as const;
 /**
  * Returns those of a CUDA target (test/results/cuda-fusion-2026-11-30.md). Products with a formula and pairs of products have kernels of their own
  * on Hopper alone; elsewhere they are several launches.

@@ -68,6 +68,8 @@ export type FusedOpName = (typeof fused)[keyof typeof fused]["name"];
 /** The name of an op whose reference and kernels are derived from its formula. */
 export type FormulaOpName = Extract<(typeof all)[number], AnyFormulaOp>["name"];
 const formulaOps = all.filter((o) => "formula" in o);
+/** Returns whether reference and kernels of an op are derived from its formula. */
+export const isFormulaOp = (op: AnyOp): boolean => "formula" in op;
 /** Returns a value for each op with a formula, by the name of the op. */
 export const mapFormulaOps = <T>(of: (op: AnyFormulaOp) => T): Readonly<Record<FormulaOpName, T>> =>
   Object.fromEntries(formulaOps.map((o) => [o.name, of(o)])) as Record<FormulaOpName, T>;

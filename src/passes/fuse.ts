@@ -12,11 +12,19 @@ import { fuseHeads } from "./fusion/heads.ts";
 import { fuseNormSums, fuseSlopeSums } from "./fusion/norms.ts";
 import { fuseStatistics } from "./fusion/statistics.ts";
 import { fuseSums } from "./fusion/sums.ts";
+import { joinTensors } from "./fusion/tensorLists.ts";
 import { fuseTwins } from "./fusion/twins.ts";
 
 /** Returns the programs with fused instructions if the target has kernels for them, else the programs themselves. */
 export const fuseFor = ({ fuses = [] }: { readonly fuses?: readonly Fusion[] }, programs: Program[]): Program[] =>
   fuses.length > 0 ? programs.map((p) => fuse(p, new Set(fuses))) : programs;
+
+/**
+ * Returns the programs whose step blocks run one instruction for several tensors, if the target has kernels for them. It runs after overlap, which
+ * moves collectives in between: only instructions that follow one another are joined, so no collective begins or ends at another place.
+ */
+export const joinFor = ({ fuses = [] }: { readonly fuses?: readonly Fusion[] }, programs: Program[]): Program[] =>
+  fuses.includes("tensor_lists") ? programs.map((p) => ({ ...p, step: joinTensors(p.step, p) })) : programs;
 
 /** Returns a program with fused instructions. Buffers that only passed between fused instructions are gone. */
 function fuse(program: Program, kinds: ReadonlySet<Fusion>): Program {

@@ -5,6 +5,7 @@ import { neededOf, rowIndexOf } from "../../schemas/effects.ts";
 import type { Arg, Buffer, Compute, Kernel, Launch, Plan, TensorMap } from "../../schemas/plan.ts";
 import { instructionsOf } from "../../schemas/program.ts";
 import { elementsOf, shardCount } from "../../schemas/sharding.ts";
+import { listedName } from "../../schemas/tensorLists.ts";
 import { WEIGHTS } from "../../schemas/weightsKernel.ts";
 import { ops } from "../ops/index.ts";
 import { invariant } from "../ops/op.ts";
@@ -93,6 +94,8 @@ function verifyArgs(k: Kernel, { entry, args }: Launch, i: Compute, buffers: Buf
     switch (arg.kind) {
       case "operand":
         return operands.has(arg.name);
+      case "tensors":
+        return i.tensors === arg.count && operands.has(arg.name) && operands.has(listedName(arg.name, arg.count - 1));
       case "rows":
         return rows !== undefined;
       case "needed":
@@ -114,8 +117,11 @@ function verifyArgs(k: Kernel, { entry, args }: Launch, i: Compute, buffers: Buf
   for (const arg of args) must(provides(arg), arg);
 }
 
-const argText = (arg: Arg): string =>
-  arg.kind === "operand" ? arg.name : arg.kind === "tensor_map" ? `a map of ${arg.tensor}` : Object.values(arg).join(" ");
+function argText(arg: Arg): string {
+  if (arg.kind === "operand") return arg.name;
+  if (arg.kind === "tensors") return `${arg.name} of ${arg.count} tensors`;
+  return arg.kind === "tensor_map" ? `a map of ${arg.tensor}` : Object.values(arg).join(" ");
+}
 
 /** Returns whether every element of a tensor map lies in the buffer. */
 function isInside({ dtype, sizes, strides, box }: TensorMap, b: Buffer | undefined): boolean {

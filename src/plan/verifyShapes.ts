@@ -7,6 +7,7 @@ import type { OpName } from "../../schemas/opNames.ts";
 import type { Buffer, Collective, Compute, InputSource, Program, Transfer } from "../../schemas/plan.ts";
 import { inputName, instructionsOf } from "../../schemas/program.ts";
 import { elementsOf, shardCount, subAxisOf } from "../../schemas/sharding.ts";
+import { membersOf } from "../../schemas/tensorLists.ts";
 import { bytesSent } from "../analysis/cost.ts";
 import { bufferForm, computeForm } from "../analysis/instructionForms.ts";
 import { ops } from "../ops/index.ts";
@@ -15,6 +16,7 @@ import { dimSize } from "../ops/signature.ts";
 import { sizeOf } from "../passes/memory.ts";
 import type { Mesh } from "../passes/mesh.ts";
 import type { Repeats } from "../repeats.ts";
+import { faultOfList, faultOfOrder } from "./verifyTensorLists.ts";
 
 type Buffers = ReadonlyMap<string, Buffer>;
 /** The rest of the plan. */
@@ -73,11 +75,13 @@ export function verifyShapes(program: Program, plan: PlanContext): void {
       if (fault !== undefined) invariant(false, `${context.who}: ${i.id}: ${fault}`);
     };
     if (i.kind !== "compute") must(i.kind === "collective" ? faultOfCollective(i, context) : faultOfTransfer(i, context));
-    else
+    else {
+      if (i.tensors !== undefined) must(faultOfOrder(i));
       checked.instructions.of(`${indexState(i, buffers)} ${computeForm(i, formOf)}`, () => {
         must(faultOfCompute(i, context));
         return true;
       });
+    }
   }
   verifyParameters(context);
   verifyInputs(context);
@@ -140,6 +144,15 @@ type Dims = Readonly<Record<string, number>>;
 
 /** Returns the fault of a compute instruction; undefined if there is none. */
 function faultOfCompute(i: Compute, context: Context): string | undefined {
+  if (i.tensors !== undefined) {
+    const fault = faultOfList(i, i.tensors, context.buffers);
+    if (fault !== undefined) return fault;
+    for (const one of membersOf(i)) {
+      const faultOfOne = faultOfCompute(one, context);
+      if (faultOfOne !== undefined) return faultOfOne;
+    }
+    return undefined;
+  }
   const { mesh, buffers } = context;
   const op = ops[i.op];
   const d: Record<string, number> = { ...i.attrs };

@@ -1,6 +1,7 @@
 /** Formats programs, one line per instruction: id, operation, local shapes, bytes, and the origin of collectives. */
-import type { Buffer, Instruction, Pair, Program } from "../../schemas/plan.ts";
+import type { Buffer, Compute, Instruction, Pair, Program } from "../../schemas/plan.ts";
 import { type Block, blocksOf, microbatchBlocks } from "../../schemas/program.ts";
+import { isOfFirst } from "../../schemas/tensorLists.ts";
 import { type BufferTable, buffersOf } from "../analysis/bufferTable.ts";
 import { collapseLayers, formFrom, formOf, type Line, layerOf } from "../analysis/layerNames.ts";
 import { firstLayerOf } from "../analysis/stages.ts";
@@ -103,8 +104,9 @@ function operands(i: Instruction, buffers: BufferTable): string {
     case "compute": {
       const { inputs, outputs } = ops[i.op];
       const types = [...new Set(outputs.flatMap((o) => buffers.find(i.writes[o.name] ?? "")?.dtype ?? []))].join(" ");
-      const kept = i.accumulates?.length ? `  keeps ${i.accumulates.join(" ")}` : "";
-      return `${named(i.reads, inputs)} -> ${named(i.writes, outputs)} ${types}${kept}`;
+      const more = moreTensors(i);
+      const kept = i.accumulates?.length ? `  keeps ${i.accumulates.filter(isOfFirst).join(" ")}` : "";
+      return `${named(i.reads, inputs)} -> ${named(i.writes, outputs)} ${types}${more}${kept}`;
     }
     case "collective": {
       const more = i.more ? ` and ${plural(i.more.length, "pair")}` : "";
@@ -115,6 +117,10 @@ function operands(i: Instruction, buffers: BufferTable): string {
       return `${i.buffer} ${shape(i.buffer)} ${buffers.get(i.buffer).dtype}  ${bytesText(i.bytes)}  for ${i.why.op}: ${i.why.because} (${i.why.path})`;
   }
 }
+
+/** Formats how many tensors an instruction on a list has beside its first. */
+export const moreTensors = ({ tensors = 1 }: Pick<Compute, "tensors">): string =>
+  tensors > 1 ? ` and ${plural(tensors - 1, "more tensor")}` : "";
 
 /** Formats a local shape. `<=` marks ragged rows, whose number is a bound. */
 export const shapeText = ({ shape, ragged }: Pick<Buffer, "shape" | "ragged">): string => `[${ragged ? "<=" : ""}${shape.join(",")}]`;

@@ -7,6 +7,7 @@ import { readsOf } from "../../schemas/effects.ts";
 import type { BlockRun, Buffer, Collective, Instruction, Plan, Program } from "../../schemas/plan.ts";
 import { type Block, blocksOf, groupsOf, instructionsOf, timesIn } from "../../schemas/program.ts";
 import { elementsOf } from "../../schemas/sharding.ts";
+import { membersOf } from "../../schemas/tensorLists.ts";
 import { type BufferTable, buffersOf } from "../analysis/bufferTable.ts";
 import { costOf } from "../analysis/cost.ts";
 import { blockTimer, type TimedBlock } from "../analysis/estimate/timedBlocks.ts";
@@ -17,7 +18,7 @@ import { axesName } from "../passes/mesh.ts";
 import type { FoundId, PlacedInstruction } from "./findId.ts";
 import { INSPECT_VERSION } from "./inspect.ts";
 import { type Link, linksOf, transferAcross } from "./links.ts";
-import { shapeText } from "./programText.ts";
+import { moreTensors, shapeText } from "./programText.ts";
 import { type Cure, curesOf, keyOfBuffer, keyOfCompute } from "./whyKeys.ts";
 
 /** The answer to `--why`. */
@@ -217,8 +218,9 @@ function computeWhy(plan: Plan, placed: PlacedInstruction): Rest {
   const users = instructionsOf(program).filter(
     (i) => i !== instruction && readsOf(i).some((id) => Object.values(instruction.writes).includes(id)),
   );
-  const reads = Object.entries(instruction.reads).map(([name, id]) => `${name}${shapeText(buffers.get(id))}`);
-  const writes = Object.entries(instruction.writes).map(([name, id]) => `${name}${shapeText(buffers.get(id))} ${buffers.get(id).dtype}`);
+  const [shown = instruction] = membersOf(instruction);
+  const reads = Object.entries(shown.reads).map(([name, id]) => `${name}${shapeText(buffers.get(id))}`);
+  const writes = Object.entries(shown.writes).map(([name, id]) => `${name}${shapeText(buffers.get(id))} ${buffers.get(id).dtype}`);
   return {
     is: "instruction",
     what: `${instruction.op}, kernel ${instruction.kernel}`,
@@ -230,7 +232,7 @@ function computeWhy(plan: Plan, placed: PlacedInstruction): Rest {
       ),
     ],
     key: { path, value: keyValue(plan, path) },
-    shapes: `${reads.join(" ")} -> ${writes.join(" ")}`,
+    shapes: `${reads.join(" ")} -> ${writes.join(" ")}${moreTensors(instruction)}`,
     bytes,
     times_per_step: times,
     bytes_per_step: bytes * times,

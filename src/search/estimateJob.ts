@@ -13,7 +13,7 @@ import { type Assumptions, blockTimer, crosses, type TimingOptions } from "../an
 import { generateKernels } from "../codegen/generateKernels.ts";
 import type { Target } from "../codegen/targets.ts";
 import { invariant } from "../ops/op.ts";
-import { fuseFor } from "../passes/fuse.ts";
+import { fuseFor, joinFor } from "../passes/fuse.ts";
 import { lower } from "../passes/lower.ts";
 import { planMemory } from "../passes/memory.ts";
 import { buildMesh, type Mesh } from "../passes/mesh.ts";
@@ -37,7 +37,7 @@ export function estimateJob(job: Job, { profile, target, assumed = {} }: JobEsti
   const sharded = shardJob(job, mesh);
   const order = schedule(job, sharded.pipeline.chunks);
   const lowered = (only?: ReadonlySet<number>): Program[] =>
-    overlap(job, mesh, fuseFor(target, lower(job, mesh, { ...sharded, order }, only)));
+    joinFor(target, overlap(job, mesh, fuseFor(target, lower(job, mesh, { ...sharded, order }, only))));
   const likes = stageKinds(job, mesh, sharded.pipeline, order);
   const few = lowered(new Set(likes));
   const isSampled = few.every((p) => hasNeighboursAlone(p, likes));

@@ -82,6 +82,8 @@ function renamed(arg: KernelArg, as: Readonly<Record<string, string>>): string |
   switch (arg.kind) {
     case "tensor_map":
       return { ...arg, tensor: as[arg.tensor] ?? arg.tensor };
+    case "tensors":
+      throw new Error("a case has no lists of tensors");
     case "rows":
     case "needed":
       return as[arg.kind] ?? arg.kind;

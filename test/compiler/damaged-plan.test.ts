@@ -61,6 +61,9 @@ function instruction<T extends Instruction>(d: EditablePlan, is: (i: Free<Instru
 }
 const compute = (d: EditablePlan, op: string, stage = 0): Free<Compute> =>
   instruction<Compute>(d, (i) => i.kind === "compute" && i.op === op, stage);
+/** An instruction on a list of tensors. */
+const list = (d: EditablePlan, op = "sum_squares"): Free<Compute> =>
+  instruction<Compute>(d, (i) => i.kind === "compute" && i.op === op && (i.tensors ?? 0) > 2);
 const move = (d: EditablePlan): Free<Collective> => instruction<Collective>(d, (i) => i.kind === "collective");
 const send = (d: EditablePlan): Free<Transfer> => instruction<Transfer>(d, (i) => i.kind === "send");
 function buffer(d: EditablePlan, is: (b: Program["buffers"][number]) => boolean): EditablePlan["programs"][number]["buffers"][number] {
@@ -191,6 +194,30 @@ const cudaDamages: Readonly<Record<string, Damage>> = {
   "a kernel file by an absolute path": [(d) => (d.kernels[0]!.source!.file = "/etc/passwd"), "kernels", /pattern/],
   "the file of another kernel": [(d) => (d.kernels[0]!.source!.file = d.kernels[1]!.source!.file), "kernels", /its source is/],
   "a kernel by a path": [(d) => (d.kernels[0]!.id = "../x"), "kernels", /pattern/],
+  "a list of more tensors": [(d) => (list(d).tensors = 2 ** 40), "programs", /sum_squares lacks its operand g\.\d+/],
+  "a list of fewer tensors": [(d) => (list(d).tensors = 2), "programs", /unknown operand g\.2/],
+  "a list without its number": [(d) => delete list(d).tensors, "programs", /unknown operand g\.1/],
+  "a list whose tensors have two types": [
+    (d) => (list(d).reads["g.1"] = list(d, "adamw_cast").writes.y ?? ""),
+    "programs",
+    /g\.1 is bf16, and g f32/,
+  ],
+  "a list that shares what is not shared": [(d) => (list(d).writes["y.1"] = "loss"), "programs", /unknown operand y\.1/],
+  "a list that updates a tensor twice": [
+    (d) => (list(d, "adamw_cast").writes["m.1"] = list(d, "adamw_cast").writes.m ?? ""),
+    "programs",
+    /it writes \S+ for two tensors/,
+  ],
+  "a list of an op without lists": [(d) => (compute(d, "gemm").tensors = 2), "programs", /gemm has no operand that is a list/],
+  "a kernel for fewer tensors": [
+    (d) => {
+      const { kernel } = list(d);
+      const [arg] = d.kernels.find(({ id }) => id === kernel)!.launches[0]!.args;
+      if (arg?.kind === "tensors") arg.count = 2;
+    },
+    "kernels",
+    /takes g of 2 tensors/,
+  ],
   "no blocks": [(d) => (launch(d).grid = [0, 1, 1]), "kernels", /0x1x1 blocks/],
   "2^40 blocks": [(d) => (launch(d).grid = [2 ** 40, 1, 1]), "kernels", /blocks/],
   "2^20 threads": [(d) => (launch(d).threads = 2 ** 20), "kernels", /threads/],

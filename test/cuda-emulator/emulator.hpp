@@ -25,6 +25,7 @@
 #define RANKC_EMULATED
 #define __global__
 #define __device__
+#define __constant__ static
 #define __host__
 #define __shared__ static
 #define __forceinline__ inline
@@ -588,7 +589,7 @@ extern "C" __attribute__((visibility("default"))) const char* emulatorFreeAll() 
   }
   return wrong;
 }
-/** `packed` holds one argument every 128 bytes. What went wrong, or null. */
+/** `packed` holds one argument every 4096 bytes, which is what all kernel parameters may have together. What went wrong, or null. */
 extern "C" __attribute__((visibility("default"))) const char* emulatorLaunch(
   const char* name, const uint32_t* grid, uint32_t threads, uint32_t shared, const void* packed, uint32_t parameters, uint32_t orderOfAll) {
   using namespace emulator;
@@ -598,7 +599,7 @@ extern "C" __attribute__((visibility("default"))) const char* emulatorLaunch(
   if (e->parameters != parameters) return "the launch has another number of arguments than the entry";
   if (threads % 32 || threads > maxThreads) return "threads are no multiple of 32, or more than 1024";
   if (shared > 227 << 10) return "more than 227 KiB of dynamic shared memory";
-  alignas(128) static unsigned char slots[32][128];
+  alignas(128) static unsigned char slots[32][4096];
   static void* args[32];
   if (parameters > 32) return "more than 32 arguments";
   memcpy(slots, packed, parameters * sizeof slots[0]);

@@ -24,7 +24,7 @@ import { compile } from "../../src/compile.ts";
 import { parsePlan } from "../../src/plan/read.ts";
 import { printPlan } from "../../src/plan/seal.ts";
 import { root } from "../support/checkout.ts";
-import { emulatorMissing, namespacesOf } from "../support/cudaEmulator.ts";
+import { emulatorMissing, namespacesOf, SLOT } from "../support/cudaEmulator.ts";
 import { type Ranks, standInRanks } from "../support/cudaRanks.ts";
 import type { Kernels } from "../support/cudaStandIn.ts";
 import { noCompiler } from "../support/cudaStandIn.ts";
@@ -87,9 +87,9 @@ async function emulated(plan: Plan, sources: ReadonlyMap<string, string>): Promi
   return serve;
 }
 
-/** Packed parameters as the emulator takes them: one every 128 bytes, tensor maps as emulator.hpp has them. */
+/** Packed parameters as the emulator takes them: one every SLOT bytes, tensor maps as emulator.hpp has them. */
 function copies(params: DataView, { args }: Launch): Uint8Array {
-  const out = new Uint8Array(128 * args.length);
+  const out = new Uint8Array(SLOT * args.length);
   const view = new DataView(out.buffer);
   let at = 0;
   const next = (size: number, align = size): number => {
@@ -97,9 +97,12 @@ function copies(params: DataView, { args }: Launch): Uint8Array {
     return at - size;
   };
   for (const [n, arg] of args.entries()) {
-    const to = 128 * n;
+    const to = SLOT * n;
     if (isNumber(arg)) view.setInt32(to, params.getInt32(next(4), true), true);
-    else if (arg.kind !== "tensor_map") view.setBigUint64(to, params.getBigUint64(next(8), true), true);
+    else if (arg.kind === "tensors") {
+      const from = next(8 * arg.count, 64);
+      for (let i = 0; i < arg.count; i++) view.setBigUint64(to + 8 * i, params.getBigUint64(from + 8 * i, true), true);
+    } else if (arg.kind !== "tensor_map") view.setBigUint64(to, params.getBigUint64(next(8), true), true);
     else {
       // the stand-in's map begins with the address it was given
       view.setBigUint64(to, params.getBigUint64(next(128, 64), true), true);

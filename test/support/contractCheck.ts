@@ -1,6 +1,7 @@
 /** Compares what a kernel computes in a case of the contract with the reference of its op. */
 import { expect } from "vitest";
 import { bytesOf, type Dtype } from "../../schemas/dtypes.ts";
+import { tensorOf } from "../../schemas/tensorLists.ts";
 import { type GeneratedKernel, type KernelSpec, offsetsAt } from "../../src/codegen/kernelSpec.ts";
 import type { ContractCase, Executor } from "./contract.ts";
 
@@ -31,7 +32,7 @@ const stepOf: Readonly<Record<Dtype, number>> = { f32: 2 ** -24, bf16: 2 ** -9, 
 const passesOnNaN = new Set(["mark_nonfinite", "clip", "clip_scaled"]);
 
 function close(have: Float32Array | Int32Array, want: Float32Array | Int32Array, use: KernelSpec, name: string, label: string): void {
-  const dtype = use.dtype[name]!;
+  const dtype = use.dtype[tensorOf(name).name]!;
   if (!dtype || dtype === "i32") {
     const at = want.findIndex((x, i) => have[i] !== x);
     if (at >= 0) expect.fail(`${label}[${at}] is ${have[at]}, not ${want[at]}`);

@@ -2,6 +2,7 @@
 import { type Context, type CudaDevice, type DevicePointer, driver, packParams } from "../../runtime/cuda/driver.ts";
 import { compileBeside, nvrtcVersion } from "../../runtime/cuda/nvrtc.ts";
 import { type Arch, archs } from "../../schemas/devices.ts";
+import { listedName } from "../../schemas/tensorLists.ts";
 import type { KernelArg } from "../../src/codegen/launchArgs.ts";
 import type { Buffers, Executor } from "./contract.ts";
 import { type Compiled, initial, unpack } from "./cudaEmulator.ts";
@@ -87,6 +88,10 @@ function parameter(
   switch (arg.kind) {
     case "tensor_map":
       return context.encodeTiled({ ...arg, at: at(arg.tensor) });
+    case "tensors": {
+      const names = Array.from({ length: arg.count }, (_, n) => listedName(arg.name, n));
+      return new Uint8Array(BigUint64Array.from(names, at).buffer);
+    }
     case "rows":
     case "needed":
       return at(arg.kind);

@@ -11,6 +11,7 @@ import { promisify } from "node:util";
 import { koffi } from "../../runtime/cuda/libraries.ts";
 import { bytesOf, encoded, typedMemory, valuesIn } from "../../schemas/dtypes.ts";
 import type { TensorMap } from "../../schemas/plan.ts";
+import { listedName, tensorOf } from "../../schemas/tensorLists.ts";
 import type { GeneratedKernel, KernelSpec } from "../../src/codegen/kernelSpec.ts";
 import type { KernelArg } from "../../src/codegen/launchArgs.ts";
 import { ops } from "../../src/ops/index.ts";
@@ -118,6 +119,9 @@ function open(path: string) {
   };
 }
 
+/** Bytes of an argument, as emulator.hpp takes them. */
+export const SLOT = 4096;
+
 interface Placed {
   readonly at: bigint;
   readonly bytes: Buffer;
@@ -145,8 +149,8 @@ function runOn(
     }
     place("scratch", made.scratch ?? 0).bytes.fill(0xff);
     for (const launch of made.launches) {
-      const args = Buffer.alloc(launch.args.length * 128);
-      for (const [i, arg] of launch.args.entries()) packArg(args.subarray(i * 128), arg, placed, starts, use);
+      const args = Buffer.alloc(launch.args.length * SLOT);
+      for (const [i, arg] of launch.args.entries()) packArg(args.subarray(i * SLOT), arg, placed, starts, use);
       const wrong = library.launch(
         launch.entry,
         Uint32Array.from(launch.grid),
@@ -179,6 +183,7 @@ function packArg(
     return buffer.at;
   };
   if (typeof arg === "string") to.writeBigUInt64LE(at(arg));
+  else if (arg.kind === "tensors") for (let n = 0; n < arg.count; n++) to.writeBigUInt64LE(at(listedName(arg.name, n)), 8 * n);
   else if (arg.kind === "tensor_map") packTensorMap(to, arg, at(arg.tensor));
   else if (arg.kind === "rows" || arg.kind === "needed") to.writeBigUInt64LE(at(arg.kind));
   else if (arg.kind === "scratch") to.writeBigUInt64LE(at("scratch") + BigInt(arg.offset));
@@ -203,9 +208,10 @@ export function initial(name: string, data: Readonly<Buffers>, use: KernelSpec):
   const { words } = encoded(typeOf(name, use), values);
   return new Uint8Array(words.buffer, words.byteOffset, words.byteLength);
 }
-const typeOf = (name: string, use: KernelSpec) => use.dtype[name] ?? "i32";
-function isMadeAnew(name: string, use: KernelSpec): boolean {
-  if (name === "rows") return use.makesRows;
+const typeOf = (name: string, use: KernelSpec) => use.dtype[tensorOf(name).name] ?? "i32";
+function isMadeAnew(listed: string, use: KernelSpec): boolean {
+  if (listed === "rows") return use.makesRows;
+  const { name } = tensorOf(listed);
   return name in use.dtype && outputs(use).includes(name) && !use.accumulates.has(name);
 }
 const outputs = (use: KernelSpec): string[] => ops[use.op].outputs.map((o) => o.name);

@@ -45,6 +45,18 @@ interface Output extends KernelOperand {
 
 const THREADS = 256;
 
+/** Returns how many vectors a thread loads before it uses the first: fewer if there would be less than four blocks for each multiprocessor. */
+export function unrollOf(
+  streams: readonly KernelOperand[],
+  { vectors, width, multiprocessors }: { readonly vectors: number; readonly width: number; readonly multiprocessors: number },
+): number {
+  // 128 bytes in flight per thread saturate memory; without loads the stores decide
+  const inFlight = streams.reduce((n, o) => n + width * bytesOf[o.dtype], 0) || 32;
+  let unroll = Math.max(1, Math.min(4, Math.floor(128 / inFlight)));
+  while (unroll > 1 && vectors < THREADS * unroll * 4 * multiprocessors) unroll = Math.floor(unroll / 2);
+  return unroll;
+}
+
 /** Generates a kernel in which each thread loads several vectors before it uses the first. */
 export function makeElementwise(spec: KernelSpec, arch: Arch, f: CudaElementwise): GeneratedKernel {
   const { streams, outputs, scalars = [], indexed = [], rowOutputs = [], attrs = [] } = f;
@@ -54,10 +66,7 @@ export function makeElementwise(spec: KernelSpec, arch: Arch, f: CudaElementwise
     row,
     [...streams, ...outputs].map((o) => o.dtype),
   );
-  // 128 bytes in flight per thread saturate memory; without loads the stores decide
-  const inFlight = streams.reduce((n, o) => n + width * bytesOf[o.dtype], 0) || 32;
-  let unroll = Math.max(1, Math.min(4, Math.floor(128 / inFlight)));
-  while (unroll > 1 && total / width < THREADS * unroll * 4 * cudaArchs[arch].multiprocessors) unroll = Math.floor(unroll / 2);
+  const unroll = unrollOf(streams, { vectors: total / width, width, multiprocessors: cudaArchs[arch].multiprocessors });
   const written = [...outputs, ...rowOutputs];
   const inputs = [...streams.filter((o) => !written.some((w) => w.name === o.name)), ...scalars, ...indexed];
   const ragged = spec.bound > 0;

@@ -14,6 +14,7 @@ import { type CudaGenerator, cudaKernel, type GeneratedKernel, type KernelOperan
 import { type KernelArg, rowIndex, scratchStart, startOf } from "../launchArgs.ts";
 import { makeElementwise } from "./elementwise.ts";
 import { addPartials, makeSum } from "./reduce.ts";
+import { makeElementwiseList, makeSumList } from "./tensorLists.ts";
 import { cuda, f32, shareRow, source, vectorOf } from "./text.ts";
 
 /** Generates the kernel of an op from its formula. */
@@ -61,7 +62,8 @@ function elementwiseKernel(spec: KernelSpec, arch: Arch, layout: OperandLayout, 
   const width = perRow.length ? productOf(layout.rowDims, spec.d) : tables[0]?.width;
   const [first, ...more] = resultsOf(spec, layout, text, "element");
   invariant(first !== undefined && 1 + more.length === text.results.size, `${spec.op} has results per row without a reduction`);
-  return makeElementwise(spec, arch, {
+  const make = spec.tensors === undefined ? makeElementwise : makeElementwiseList;
+  return make(spec, arch, {
     streams: [
       ...reads("element"),
       ...tables.map(({ name, offset, ...o }) => ({ ...o, name, load: `${name}In[k] = ${name}In[k].load(${name}At + ${offset});` })),
@@ -200,7 +202,8 @@ function totalKernel(spec: KernelSpec, arch: Arch, layout: OperandLayout, total:
   const tables = reads("table");
   const indexed = [...others, ...tables];
   const text = formulaText(cuda, { [to]: total }, (name) => (name === over.name ? "x" : `${name}[j]`));
-  return makeSum(spec, arch, {
+  const make = spec.tensors === undefined ? makeSum : makeSumList;
+  return make(spec, arch, {
     ...{ over, to: operandOf(spec, to), factor, term: termOf(text).text, indexed },
     ...(tables[0] ? { width: tableIndex(tables[0].access, spec).width } : {}),
     row: indexed.map(({ name, access }) => {

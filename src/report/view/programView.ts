@@ -2,13 +2,14 @@
 import { readsOf, writesOf } from "../../../schemas/effects.ts";
 import type { Instruction, Plan, Program } from "../../../schemas/plan.ts";
 import { type Block, blocksOf } from "../../../schemas/program.ts";
+import { membersOf } from "../../../schemas/tensorLists.ts";
 import { type BufferTable, buffersOf } from "../../analysis/bufferTable.ts";
 import { costOf } from "../../analysis/cost.ts";
 import { layerOf } from "../../analysis/layerNames.ts";
 import { anyLayer, fromLayer } from "../../analysis/layerText.ts";
 import { firstLayerOf } from "../../analysis/stages.ts";
 import { aligned, blockLifetimes } from "../../passes/memory.ts";
-import { shapeText } from "../programText.ts";
+import { moreTensors, shapeText } from "../programText.ts";
 import { tensorsOf } from "../tensors.ts";
 import { explainId } from "../why.ts";
 import { keyOfCompute } from "../whyKeys.ts";
@@ -136,7 +137,8 @@ function instructionView({ mesh }: Plan, { program, block, buffers, layers }: Pl
   switch (i.kind) {
     case "compute": {
       const { path, because } = keyOfCompute(i, block.kind);
-      const shapes = `${list(reads)} -> ${list(Object.values(i.writes))}`;
+      const [shown = i] = membersOf(i);
+      const shapes = `${list(Object.values(shown.reads))} -> ${list(Object.values(shown.writes))}${moreTensors(i)}`;
       return { ...common, kind: "compute", does: i.op, shapes, kernel: i.kernel, path, because };
     }
     case "collective": {
