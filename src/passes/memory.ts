@@ -11,6 +11,7 @@ import { itemOf } from "../../schemas/lookup.ts";
 import type { Buffer, BufferKind, Instruction, Kernel, Memory, Program } from "../../schemas/plan.ts";
 import { type Block, blocksOf, microbatchBlocks, turnsOf, writtenFirst } from "../../schemas/program.ts";
 import { elementsOf } from "../../schemas/sharding.ts";
+import { membersOf } from "../../schemas/tensorLists.ts";
 import { type OpenCollectives, visitWithWaits } from "../analysis/asyncTouches.ts";
 import { BufferTable } from "../analysis/bufferTable.ts";
 import { memoryBreakdown, memoryKinds, memoryNames, peakOfParts } from "../analysis/memoryBreakdown.ts";
@@ -161,11 +162,14 @@ export function scratchBound(program: Program): number {
   for (const { instructions } of blocksOf(program))
     for (const i of instructions) {
       if (i.kind !== "compute") continue;
-      const ids = [...Object.values(i.reads), ...Object.values(i.writes)];
-      most = Math.max(
-        most,
-        ids.reduce((sum, id) => sum + sizeOf(byId.get(id)), 0),
-      );
+      // a list of tensors has partial sums of some thousand blocks, whatever its tensors
+      for (const { reads, writes } of membersOf(i)) {
+        const ids = [...Object.values(reads), ...Object.values(writes)];
+        most = Math.max(
+          most,
+          ids.reduce((sum, id) => sum + sizeOf(byId.get(id)), 0),
+        );
+      }
     }
   return Math.ceil((SCRATCH_OF_PARTS + 2 * most) / ALIGN) * ALIGN;
 }
