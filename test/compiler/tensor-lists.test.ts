@@ -37,7 +37,10 @@ const lists = (step: readonly Instruction[]): Compute[] => step.flatMap((i) => (
 const zero = { world: 2, data: 2, distributed_optimizer: true };
 const jobs = {
   "one rank": jobWith({ world: 1 }),
-  "bf16 with scheduled decay": jobWith({ world: 1 }, { precision: "bf16", optimizer: { weight_decay_schedule: "linear", weight_decay_start: 0.1, weight_decay_end: 0.2 } }),
+  "bf16 with scheduled decay": jobWith(
+    { world: 1 },
+    { precision: "bf16", optimizer: { weight_decay_schedule: "linear", weight_decay_start: 0.1, weight_decay_end: 0.2 } },
+  ),
   "a mesh of experts": jobWith({ world: 4, tensor: 2, sequence: true, expert: 2, pipeline: 2 }, {}, { moe, tie_embeddings: true }),
   "shards, gathered in the step": jobWith(zero, { precision: "bf16" }),
   "shards in buckets": jobWith({ ...zero, gradient_bucket: 0.01, parameter_bucket: 0.01 }, { precision: "bf16" }),
