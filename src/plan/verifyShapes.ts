@@ -76,11 +76,12 @@ export function verifyShapes(program: Program, plan: PlanContext): void {
     };
     if (i.kind !== "compute") must(i.kind === "collective" ? faultOfCollective(i, context) : faultOfTransfer(i, context));
     else {
-      if (i.tensors !== undefined) must(faultOfOrder(i));
-      checked.instructions.of(`${indexState(i, buffers)} ${computeForm(i, formOf)}`, () => {
-        must(faultOfCompute(i, context));
-        return true;
-      });
+      if (i.tensors !== undefined) must(faultOfList(i, i.tensors, buffers) ?? faultOfOrder(i));
+      for (const one of membersOf(i))
+        checked.instructions.of(`${indexState(one, buffers)} ${computeForm(one, formOf)}`, () => {
+          must(faultOfCompute(one, context));
+          return true;
+        });
     }
   }
   verifyParameters(context);
@@ -144,15 +145,6 @@ type Dims = Readonly<Record<string, number>>;
 
 /** Returns the fault of a compute instruction; undefined if there is none. */
 function faultOfCompute(i: Compute, context: Context): string | undefined {
-  if (i.tensors !== undefined) {
-    const fault = faultOfList(i, i.tensors, context.buffers);
-    if (fault !== undefined) return fault;
-    for (const one of membersOf(i)) {
-      const faultOfOne = faultOfCompute(one, context);
-      if (faultOfOne !== undefined) return faultOfOne;
-    }
-    return undefined;
-  }
   const { mesh, buffers } = context;
   const op = ops[i.op];
   const d: Record<string, number> = { ...i.attrs };

@@ -34,7 +34,9 @@ export function joinTensors(step: readonly Instruction[], program: Pick<Program,
   const out: Instruction[] = [];
   let run: Compute[] = [];
   const flush = (): void => {
-    for (const { members } of groupsOf(run, buffers)) for (const part of partsOf(members)) out.push(joined(part, name));
+    // most runs between collectives are of one instruction
+    if (run.length === 1) out.push(...run);
+    else for (const { members } of groupsOf(run, buffers)) for (const part of partsOf(members)) out.push(joined(part, name));
     run = [];
   };
   for (const i of step) {
