@@ -86,6 +86,9 @@ describe.each(Object.entries(jobs))("%s", (_, job) => {
       expect(waits(program)).toEqual(waits(plain.programs[stage] ?? program));
     }
   });
+  test("no stage needs more memory", () => {
+    for (const [stage, { peak }] of joined.memory.entries()) expect(peak).toBeLessThanOrEqual(plain.memory[stage]?.peak ?? 0);
+  });
   test("losses and gradients have the bits of single instructions, norms their value within f32", async () => {
     const [got, want] = [await train(joined), await train(plain)];
     expect(got.losses).toEqual(want.losses);
