@@ -34,6 +34,7 @@ const kinds: Readonly<Record<string, Kind>> = {
     env: {},
     together: [
       ...contract,
+      { files: ["cuda-tensor-lists"], only: "on a device" },
       { files: ["cuda-attention"], only: "on this machine's GPU" },
       { files: ["cuda-device"], only: `on this machine's GPU(?!.*${memory})` },
       { files: ["cuda-reference"], only: "on a device" },
