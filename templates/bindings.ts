@@ -319,7 +319,6 @@ interface CudaElementwiseListCu {
   readonly outputs: readonly { readonly name: string | number; readonly type: string | number; readonly value: string | number }[];
   readonly params: string | number;
   readonly pointers: readonly { readonly name: string | number; readonly type: string | number }[];
-  readonly rounds: string | number;
   readonly scalars: readonly (string | number)[];
   readonly unroll: string | number;
   readonly width: string | number;

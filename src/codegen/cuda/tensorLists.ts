@@ -14,10 +14,6 @@ import { addPartials, type Sum } from "./reduce.ts";
 import { f32, source } from "./text.ts";
 
 const THREADS = 256;
-/** Blocks for each multiprocessor that a list has at least before a block has more elements: several waves, because blocks end at different times. */
-const BLOCKS_EACH = 32;
-/** How often a thread of an elementwise op loads vectors at most: the search of the tensor and what depends on scalars alone are done once. */
-const ROUNDS = 1;
 
 /** How the elements of a list are divided among blocks. */
 interface ListShape {
@@ -60,14 +56,12 @@ export function makeElementwiseList(spec: KernelSpec, arch: Arch, f: CudaElement
   const sizes = listOf(spec, outputs[0].name).map(({ size }) => size);
   const total = sizes.reduce((sum, size) => sum + size, 0);
   const unroll = unrollOf(streams, { vectors: total / width, width, multiprocessors: cudaArchs[arch].multiprocessors });
-  const round = THREADS * unroll;
-  const rounds = Math.max(1, Math.min(ROUNDS, Math.floor(total / width / (round * BLOCKS_EACH * cudaArchs[arch].multiprocessors))));
-  const list = listText({ sizes, width, unroll, vectors: round * rounds });
+  const list = listText({ sizes, width, unroll, vectors: THREADS * unroll });
   const inputs = streams.filter((o) => !outputs.some((w) => w.name === o.name));
   const typed = ({ name, dtype }: { readonly name: string; readonly dtype: Dtype }) => ({ name, type: cudaType(dtype) });
   const pointers = [...inputs.map((o) => ({ ...typed(o), type: `const ${cudaType(o.dtype)}` })), ...outputs.map(typed)];
   const body = render("cuda/elementwise_list.cu", {
-    ...{ name: spec.name, list: list.body, width, unroll, rounds, hasRest: list.hasRest, pointers },
+    ...{ name: spec.name, list: list.body, width, unroll, hasRest: list.hasRest, pointers },
     params: [
       ...pointers.map(({ name, type }) => `const __grid_constant__ Pointers<${type}> ${name}List`),
       ...scalars.map((o) => `const ${cudaType(o.dtype)}* __restrict__ ${o.name}At`),
@@ -84,6 +78,9 @@ export function makeElementwiseList(spec: KernelSpec, arch: Arch, f: CudaElement
     launches: [{ entry: spec.name, grid: [list.blocks, 1, 1], threads: THREADS, shared: 0, args }],
   };
 }
+
+/** Blocks of a sum for each multiprocessor: several waves, because blocks end at different times. */
+const BLOCKS_EACH = 32;
 
 /** Generates the kernel that adds a term of all elements of a list of tensors to a scalar. */
 export function makeSumList(spec: KernelSpec, arch: Arch, { over, to, factor, term, indexed }: Sum): GeneratedKernel {
