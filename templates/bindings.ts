@@ -441,6 +441,8 @@ interface CudaGemmWgmmaCu {
   readonly epilogue: string | number;
   readonly experts: string | number;
   readonly hopper: string | number;
+  readonly lastColumns: string | number;
+  readonly lastProduct: string | number;
   readonly m: string | number;
   readonly maps: string | number;
   readonly more: readonly { readonly a: string | number; readonly b: string | number; readonly from: string | number }[];
@@ -918,8 +920,10 @@ interface CudaWgmmaCuh {
   readonly count: string | number;
   readonly half: string | number;
   readonly n: string | number;
+  readonly name: string | number;
   readonly names: readonly (string | number)[];
   readonly places: readonly (string | number)[];
+  readonly size: string | number;
   readonly suffix: string | number;
   readonly transposedA: string | number;
   readonly transposedB: string | number;

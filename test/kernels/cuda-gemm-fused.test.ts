@@ -38,6 +38,7 @@ describe.skipIf(missing)(`Hopper's fused products${missing ? ` (skipped: ${missi
       return { ...c, made: tiled(c.use, change) };
     };
     const square = { rows: 128, columns: 128, alternates: true } as const;
+    const long = { rows: 128, columns: 192, alternates: true } as const;
     return holdAll(
       inTier(
         [
@@ -46,6 +47,19 @@ describe.skipIf(missing)(`Hopper's fused products${missing ? ` (skipped: ${missi
           finished("e2", "grouped_gemm_swiglu", { K: 72, N: 136, rows }, { tile: square, stages: 2, sets: 2, buffers: 4 }),
           finished("e3", "grouped_dgrad_swiglu", { K: 264, N: 72, rows }, { tile: turns, stages: 3, sets: 1, buffers: 3 }),
           finished("e4", "grouped_dgrad_swiglu", { K: 136, N: 136, rows }, { tile: square, stages: 2, sets: 2, buffers: 6 }),
+          // a tile of up to 64 rows has three parts of six, so that its two sets differ in phase; the last tile of a row has 128 columns of 192
+          finished(
+            "e6",
+            "grouped_gemm_swiglu",
+            { K: 72, N: 264, rows: [64, 65, 1, 0, 193, 50] },
+            { tile: long, stages: 2, sets: 2, buffers: 4 },
+          ),
+          finished(
+            "e7",
+            "grouped_dgrad_swiglu",
+            { K: 264, N: 72, rows: [64, 65, 1, 0, 193] },
+            { tile: long, stages: 2, sets: 1, buffers: 3 },
+          ),
           finished(
             "e5",
             "grouped_dgrad_swiglu",
@@ -55,6 +69,7 @@ describe.skipIf(missing)(`Hopper's fused products${missing ? ` (skipped: ${missi
           ),
         ],
         "e3",
+        "e6",
       ),
     );
   });

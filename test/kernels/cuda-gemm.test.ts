@@ -78,6 +78,29 @@ emulated(`Hopper's products${note}`, () => {
       held("w6", "grouped_wgrad", { K: 64, N: 64, rows: [0, 0, 0] }, false, { tile: turns, stages: 2 }),
     ]),
   );
+  test("what a tile lacks is left out: its second 64 rows, sixteens of depth beyond an expert, columns beyond c", () => {
+    const square = { rows: 128, columns: 128, alternates: true } as const;
+    const long = { rows: 128, columns: 192, alternates: true } as const;
+    return holdAll(
+      inTier(
+        [
+          held("l0", "grouped_gemm", { K: 72, N: 136, rows: [64, 65, 1, 0, 192, 130, 127] }, false, { tile: square, stages: 3, blocks: 3 }),
+          held("l1", "grouped_dgrad", { K: 320, N: 72, rows: [64, 65, 1] }, false, { tile: long, stages: 2, blocks: 3 }),
+          held("l2", "grouped_dgrad", { K: 136, N: 72, rows: [64, 193, 1] }, false, { tile: wide, stages: 2, cluster: 2 }),
+          held("l3", "grouped_wgrad", { K: 136, N: 136, rows: [16, 17, 64, 79, 80, 0, 129, 15] }, false, {
+            tile: square,
+            stages: 2,
+            blocks: 5,
+          }),
+          held("l4", "grouped_wgrad", { K: 192, N: 72, rows: [33, 48, 63, 1] }, true, { tile: wide, stages: 2, cluster: 2 }),
+          held("l5", "gemm_wgrad", { S: 72, K: 40, N: 200 }, false, { tile: long, stages: 2 }),
+          held("l6", "gemm", { S: 190, K: 72, N: 328 }, false, { tile: { rows: 128, columns: 256 }, stages: 2 }),
+        ],
+        "l0",
+        "l3",
+      ),
+    );
+  });
   test("weight gradients in bf16, which are rounded once where they are added to; in parts of the depth, whose sums a second launch adds", () => {
     const alignedCase = (name: string, op: OpName, sizes: Sizes, adds: boolean, change: Partial<HopperTiling>): Held => {
       const c = caseOf(name, op, sizes, "bf16", adds, 29, "bf16");

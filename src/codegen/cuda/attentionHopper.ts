@@ -203,7 +203,7 @@ function boxesOf(tensor: "q" | "dy" | "k" | "v", { B, S, U, G, M, C, W }: Attent
 /** Returns a product with 64 rows and n columns of two operands in shared memory; `transposed`: the summed dim is the strided dim of both. */
 const product = (n: number, transposed: 0 | 1, half: Float16): string =>
   render("cuda/wgmma.cuh", {
-    ...{ n, ...sums(n), ...float16Types[half], transposedA: transposed, transposedB: transposed },
+    ...{ name: "product", size: n / 2, n, ...sums(n), ...float16Types[half], transposedA: transposed, transposedB: transposed },
     ...{ aAt: n / 2, bAt: n / 2 + 1, addAt: n / 2 + 2 },
   });
 /** Returns the same with the left operand in registers, and n as the contiguous dim of the right operand. */

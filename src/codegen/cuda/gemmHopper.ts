@@ -80,19 +80,9 @@ export function hopper(spec: KernelSpec, p: MatrixProduct, half: Float16, tiling
   const epilogue = p.epilogue && epilogueText(spec, p, p.epilogue);
   const splits = parts > 1;
   const n = columnsOf(tile);
-  const count = n / 2;
-  const register = (form: (i: number) => string, per: number) =>
-    Array.from({ length: count / per }, (_, l) => {
-      const line = Array.from({ length: per }, (_, i) => form(l * per + i)).join(", ");
-      return l === count / per - 1 ? line : `${line},`;
-    });
-  const transposed = { transposedA: p.a.depthFirst ? 0 : 1, transposedB: p.b.depthFirst ? 0 : 1 };
-  const product = render("cuda/wgmma.cuh", {
-    ...{ n, count, ...transposed, ...float16Types[half] },
-    ...{ aAt: count, bAt: count + 1, addAt: count + 2 },
-    names: register((i) => `%${i}`, 16),
-    places: register((i) => `"+f"(sums[${i}])`, 8),
-  });
+  const lastColumns = lastColumnsOf(p, tile);
+  const product = productText(p, half, "product", n, n);
+  const lastProduct = lastColumns < tile.columns ? productText(p, half, "lastProduct", lastColumns, n) : "";
   const ragged = p.ragged !== undefined;
   const tickets = !spec.sharesDevice && takesTickets(p, tiling);
   // what is stored without a tensor map, and 16-bit sums that are read before
@@ -113,7 +103,7 @@ export function hopper(spec: KernelSpec, p: MatrixProduct, half: Float16, tiling
       ...float16Types[half],
     },
     ...{ tileM: tile.rows, tileN: tile.columns, warpgroupsN: 128 / tile.rows, alternates: flag(tile.alternates === true) },
-    ...{ stages, buffers, cluster, raster, product, hopper: render("cuda/hopper.cuh", {}) },
+    ...{ stages, buffers, cluster, raster, product, lastColumns, lastProduct, hopper: render("cuda/hopper.cuh", {}) },
     clusterDims: cluster > 1 ? `__cluster_dims__(${cluster}, 1, 1) ` : "",
     ...{ sets, epilogue: epilogue?.body ?? "", twin: p.twin !== undefined, maps: stored.maps },
     parameters: [...stored.pointers, ...(ragged ? ["const int* rows"] : []), ...(tickets ? ["u64* tickets"] : [])]
@@ -146,6 +136,27 @@ export function hopper(spec: KernelSpec, p: MatrixProduct, half: Float16, tiling
     launches: [plain, ...totals.map((total) => total.launch)],
   };
 }
+
+/** Returns the text of the product of 64 rows and `n` columns, with the sums of `columns`. */
+function productText(p: MatrixProduct, half: Float16, name: string, n: number, columns: number): string {
+  const count = n / 2;
+  const register = (form: (i: number) => string, per: number) =>
+    Array.from({ length: count / per }, (_, l) => {
+      const line = Array.from({ length: per }, (_, i) => form(l * per + i)).join(", ");
+      return l === count / per - 1 ? line : `${line},`;
+    });
+  const transposed = { transposedA: p.a.depthFirst ? 0 : 1, transposedB: p.b.depthFirst ? 0 : 1 };
+  return render("cuda/wgmma.cuh", {
+    ...{ name, n, count, size: columns / 2, ...transposed, ...float16Types[half] },
+    ...{ aAt: count, bAt: count + 1, addAt: count + 2 },
+    names: register((i) => `%${i}`, 16),
+    places: register((i) => `"+f"(sums[${i}])`, 8),
+  });
+}
+
+/** Returns the columns of the products of the last tiles of a row: those that c has, rounded up to boxes. A tile that warpgroups divide by columns has all. */
+const lastColumnsOf = ({ n }: MatrixProduct, { rows, columns }: Tile): number =>
+  rows === 128 ? Math.ceil((((n - 1) % columns) + 1) / 64) * 64 : columns;
 
 /** The counters of the tiles that thread blocks have taken from both ends of their list. */
 const TICKET_BYTES = 8;
@@ -195,7 +206,7 @@ function mapsOf(p: MatrixProduct, { tile, cluster }: HopperTiling, epilogue?: Ep
     box: [128 / bytesOf[dtype], high, 1],
   });
   const operands = (of: MatrixProduct): TensorMap[] => [
-    map(of.a.name, of.a.dtype, sidesOf(of, "a"), 1, of.a.depthFirst ? tile.rows : DEPTH),
+    map(of.a.name, of.a.dtype, sidesOf(of, "a"), 1, of.a.depthFirst && p.ragged !== "rows" ? tile.rows : DEPTH),
     map(of.b.name, of.b.dtype, sidesOf(of, "b"), weights, of.b.depthFirst ? tile.columns / cluster : DEPTH),
   ];
   const stored = epilogue ? [...epilogue.inputs, ...epilogue.results] : [p.c.name, ...(p.twin ? [p.twin.c.name] : [])];
