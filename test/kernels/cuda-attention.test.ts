@@ -6,7 +6,7 @@ import { describe, expect, test } from "vitest";
 import type { Arch } from "../../schemas/devices.ts";
 import type { Dtype } from "../../schemas/dtypes.ts";
 import { attention as generators } from "../../src/codegen/cuda/attention.ts";
-import { orderOf, shareOf, stepsOf } from "../../src/codegen/cuda/attentionOrder.ts";
+import { longestOfShares, orderOf, shareOf, stepsOf } from "../../src/codegen/cuda/attentionOrder.ts";
 import type { KernelSpec } from "../../src/codegen/kernelSpec.ts";
 import type { GeneratedLaunch } from "../../src/codegen/launchArgs.ts";
 import { ops } from "../../src/ops/index.ts";
@@ -271,9 +271,30 @@ describe.skipIf(missing)("heads in shares", () => {
   test("as many as the cache holds, so that all thread blocks have equal work", () => {
     const tiling = { rows: 128, keys: 128, multiprocessors: 132 };
     const d = { S: 4096, U: 4096, M: 1, scale: 1, chunk: 0, ranks: 1, part: false, grad: false, documents: false };
-    expect(shareOf({ ...d, B: 1, G: 128, C: 192, W: 128 }, tiling)).toBe(9);
+    expect(shareOf({ ...d, B: 1, G: 128, C: 192, W: 128 }, tiling)).toBe(8);
     expect(shareOf({ ...d, B: 1, G: 4, M: 8, C: 128, W: 128 }, tiling)).toBe(32);
   });
+  // sequences, key heads, query heads of each, tokens, widths, rows and keys of a tile
+  test.each([
+    [2, 4, 8, 4096, 128, 128, 128, 128],
+    [2, 8, 4, 4096, 128, 128, 128, 128],
+    [1, 4, 8, 4096, 128, 128, 128, 128],
+    [1, 8, 4, 32768, 128, 128, 128, 128],
+    [1, 128, 1, 4096, 192, 128, 128, 128],
+    [2, 8, 2, 4096, 256, 256, 128, 80],
+    [16, 12, 1, 1024, 64, 64, 192, 96],
+    [4, 8, 4, 4096, 64, 64, 192, 112],
+  ])(
+    "%i sequences of %i·%i heads and %i tokens: the busiest thread block has 2 %% more than the mean at most",
+    (B, G, M, S, C, W, rows, keys) => {
+      const d = { B, G, M, S, U: S, C, W, scale: 1, chunk: 0, ranks: 1, part: false, grad: false, documents: false };
+      const tiling = { rows, keys, multiprocessors: 132 };
+      const longest = longestOfShares(shareOf(d, tiling), d, tiling);
+      // one block of all heads on one multiprocessor has the whole work
+      const whole = longestOfShares(B * G * M, d, { ...tiling, multiprocessors: 1 });
+      expect(longest / (whole / 132)).toBeLessThan(1.02);
+    },
+  );
 });
 
 test("one attention's gradient needs f32 sums of the queries' gradients, and a few numbers for each row", () => {

@@ -116,28 +116,40 @@ export function stepsOf({ wave, alternating, split }: Order, { B, G, M, S }: Att
 const CACHE = 24e6;
 
 /**
- * Returns the number of heads that run concurrently in the forward pass, whose persistent thread blocks take query tiles in turn. Their keys and values
- * must fit in the cache; among such numbers it minimizes the load of the busiest thread block. All heads if those of one key head do not fit.
+ * Returns the number of heads that run concurrently in the forward pass, whose persistent thread blocks take the query tiles of a share in rounds
+ * (templates/cuda/attention_wgmma.cu). Their keys and values must fit in the cache; among such numbers it minimizes the load of the busiest thread
+ * block. All heads if those of one key head do not fit.
  */
-export function shareOf(d: AttentionSizes, { rows, keys, multiprocessors }: Omit<Tiling, "splits">): number {
+export function shareOf(d: AttentionSizes, tiling: Omit<Tiling, "splits">): number {
   const { B, G, M, S, U, C, W } = d;
-  const [all, blocks] = [B * G * M, Math.ceil(S / rows)];
+  const [all, blocks] = [B * G * M, Math.ceil(S / tiling.rows)];
   const most = Math.floor(CACHE / (2 * U * (C + W)));
-  const least = Math.ceil(multiprocessors / (blocks * M));
+  if (most * M >= all) return all;
+  const least = Math.ceil(tiling.multiprocessors / (blocks * M));
   const shares = Array.from({ length: Math.max(0, most - least + 1) }, (_, i) => (least + i) * M).filter((share) => share < all);
-  const longest = (share: number): number => {
-    const steps = new Float64Array(multiprocessors);
-    for (let turn = 0; turn < all * blocks; turn++) {
-      const [index, rest] = [Math.floor(turn / (share * blocks)), turn % (share * blocks)];
-      const level = Math.floor(rest / Math.min(share, all - index * share));
-      const row = index % 2 ? level : blocks - 1 - level;
-      const at = turn % multiprocessors;
-      steps[at] = (steps[at] ?? 0) + Math.ceil(Math.min(U, (row + 1) * rows) / keys) + 1;
+  const times = shares.map((share) => longestOfShares(share, d, tiling));
+  return shares[times.indexOf(Math.min(...times))] ?? all;
+}
+
+/** Returns the load of the busiest thread block of the forward pass with this many heads in a share: blocks of keys, and one for each tile. */
+export function longestOfShares(
+  share: number,
+  { B, G, M, S, U }: AttentionSizes,
+  { rows, keys, multiprocessors }: Omit<Tiling, "splits">,
+): number {
+  const [all, blocks] = [B * G * M, Math.ceil(S / rows)];
+  const empty = Math.floor((blocks * rows - S) / 64) * 64;
+  const loads = new Float64Array(multiprocessors);
+  for (let first = 0; first < all; first += share) {
+    const heads = Math.min(share, all - first);
+    for (let place = 0; place < heads * blocks; place++) {
+      const turn = place % multiprocessors;
+      const at = Math.floor(place / multiprocessors) % 2 ? multiprocessors - 1 - turn : turn;
+      const end = (blocks - Math.floor(place / heads)) * rows - empty;
+      loads[at] = (loads[at] ?? 0) + Math.ceil(Math.min(U, S, end) / keys) + 1;
     }
-    return Math.max(...steps);
-  };
-  const times = shares.map(longest);
-  return most * M >= all ? all : (shares[times.indexOf(Math.min(...times))] ?? all);
+  }
+  return Math.max(...loads);
 }
 
 /** The times at which multiprocessors become free: a binary heap with the earliest first. */
