@@ -29,6 +29,8 @@ interface Shape extends Readonly<Record<"B" | "S" | "U" | "G" | "M" | "C", numbe
   readonly drop?: number;
   /** Tokens of a document on average; without it there is none. */
   readonly documents?: number;
+  /** Keys grow with their position, and so do the largest scores of a query from block to block. */
+  readonly growing?: true;
   readonly arch: Arch;
   readonly type: "bf16" | "f16" | "f32";
   /** Also in the fast tier: of each kind of kernel one, pieces, zigzag order, f16, dropped weights. */
@@ -50,8 +52,13 @@ const shapes: readonly Shape[] = [
   { B: 1, S: 129, U: 129, G: 3, M: 1, C: 96, start: 0, arch: "sm_90a", type: "bf16" },
   { B: 1, S: 66, U: 66, G: 1, M: 2, C: 112, start: 0, arch: "sm_100a", type: "bf16" },
   { B: 1, S: 193, U: 193, G: 2, M: 1, C: 64, start: 0, arch: "sm_90a", type: "bf16" },
-  // heads of 64 have wider blocks of keys in long sequences
+  // heads of 64 have three warpgroups and wider blocks of keys in long sequences
   { B: 1, S: 70, U: 2100, G: 1, M: 1, C: 64, start: 2030, arch: "sm_90a", type: "bf16" },
+  { B: 1, S: 200, U: 1100, G: 1, M: 2, C: 64, start: 900, arch: "sm_90a", type: "bf16" },
+  // the largest scores grow, so that sums and outputs are rescaled: by all keys, by a shard, and by some warps only
+  { B: 1, S: 200, U: 600, G: 1, M: 1, C: 128, start: 400, arch: "sm_90a", type: "bf16", growing: true },
+  { B: 1, S: 130, U: 300, G: 1, M: 1, C: 192, W: 128, start: 250, keyStart: 20, arch: "sm_90a", type: "f16", growing: true },
+  { B: 1, S: 330, U: 330, G: 1, M: 1, C: 256, start: 0, arch: "sm_90a", type: "bf16", growing: true },
   // so many heads that a head's keys are taken in waves: from the last to the first, and alternating
   { B: 15, S: 2, U: 300, G: 4, M: 1, C: 16, start: 298, arch: "sm_80", type: "bf16" },
   { B: 15, S: 2, U: 300, G: 4, M: 1, C: 16, start: 298, arch: "sm_90a", type: "bf16" },
@@ -158,16 +165,16 @@ const shapes: readonly Shape[] = [
   { B: 1, S: 70, U: 70, G: 1, M: 2, C: 20, start: 0, arch: "sm_90a", type: "f32", documents: 20, drop: 0.2 },
 ];
 
-function titleOf({ arch, type, B, S, U, G, M, C, W = C, start, keyStart, zigzag, drop, documents }: Shape): string {
+function titleOf({ arch, type, B, S, U, G, M, C, W = C, start, keyStart, zigzag, drop, documents, growing }: Shape): string {
   const order = zigzag ? `, zigzag by ${zigzag[0]} over ${zigzag[1]}` : "";
   const keys = keyStart === undefined ? `${U} keys` : `${U} keys from ${keyStart}`;
-  return `${type} for ${arch}, ${B} sequences, ${S} queries from ${start}, ${keys}${order}, ${G}·${M} heads of ${C === W ? C : `${C} and ${W}`}${drop ? `, of weights ${drop} dropped` : ""}${documents ? `, documents of ${documents}` : ""}`;
+  return `${type} for ${arch}, ${B} sequences, ${S} queries from ${start}, ${keys}${order}, ${G}·${M} heads of ${C === W ? C : `${C} and ${W}`}${drop ? `, of weights ${drop} dropped` : ""}${documents ? `, documents of ${documents}` : ""}${growing ? ", growing scores" : ""}`;
 }
 
 /** A case per op: the gradient's inputs are what the forward op makes of all keys. Scores are of the size that normalised layers leave. */
 function casesOf(shape: Shape, seed: number): ContractCase[] {
   const next = random(seed);
-  const { type, start, keyStart, zigzag = [0, 1], drop, documents, B, S, U, G, M, C, W = C } = shape;
+  const { type, start, keyStart, zigzag = [0, 1], drop, documents, growing, B, S, U, G, M, C, W = C } = shape;
   const d = { B, S, U, G, M, C, W, scale: 1 / Math.sqrt(C), chunk: zigzag[0], ranks: zigzag[1] };
   const dropped = drop === undefined ? {} : { drop };
   const attributes = { key0: 0x9abcdef0, key1: 0x12345678 };
@@ -189,7 +196,8 @@ function casesOf(shape: Shape, seed: number): ContractCase[] {
     if (documents) known.documents ??= documentsOf(d, place.start, documents);
     for (const { name } of op.inputs)
       known[name] ??= rounded(
-        new Float32Array(size[name]!).map(() => 2 * next()),
+        // [B,U,G,C]: 8 keys add to a score as much as its first size
+        new Float32Array(size[name]!).map((_, i) => 2 * next() * (growing && name === "k" ? 1 + (Math.floor(i / (G * C)) % U) / 8 : 1)),
         type,
       );
     const made: Record<string, Float32Array> = Object.fromEntries(op.outputs.map((o) => [o.name, new Float32Array(size[o.name]!)]));

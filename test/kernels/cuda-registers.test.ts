@@ -85,6 +85,7 @@ describe.skipIf(compiler)(`for nvcc${compiler}`, () => {
         { op: "attention_part", C: 128, W: 128, ...piece },
         { op: "attention_part", C: 96, W: 96, ...piece },
         { op: "attention_part", C: 64, W: 64, ...piece, chunk: 0 },
+        { op: "attention", C: 64, W: 64, ...whole },
         { op: "attention_dropout", C: 192, W: 128, ...whole },
         { op: "attention_dropout", C: 128, W: 128, ...gathered },
         { op: "attention_dropout", C: 64, W: 64, ...whole },

@@ -20,8 +20,9 @@ const SHARED = cudaArchs.sm_90a.sharedPerBlock * 1024;
 
 /**
  * Returns the forward kernel, or nothing if the sizes do not fit. Per thread, scores take 64 registers, weights 32 and outputs W/2. Up to W = 64 three
- * warpgroups of queries fit (160 registers each; at W = 64 with blocks of 96 or 112 keys), otherwise two (240 registers; beyond W = 128 with blocks of 80
- * keys). More rows reuse each block of keys more often. In zigzag order the blocks of keys must divide the zigzag blocks.
+ * warpgroups of queries fit (160 registers each; at W = 64 with blocks of 112 keys, or four with 112 registers and blocks of 64 keys), otherwise two (240
+ * registers; beyond W = 128 with blocks of 80 keys). More rows reuse each block of keys more often. In zigzag order the blocks of keys must divide
+ * the zigzag blocks.
  */
 export function forwardHopper(spec: KernelSpec, d: AttentionSizes, half: Float16): GeneratedKernel | undefined {
   const { B, S, G, M, C, W } = d;
@@ -44,7 +45,7 @@ export function forwardHopper(spec: KernelSpec, d: AttentionSizes, half: Float16
       groups,
       keys,
       queryStages,
-      ...(groups === 3 ? { give: 32, take: 160 } : { give: 24, take: 240 }),
+      ...registers[groups],
       share: shareOf(d, { rows, keys, multiprocessors: MULTIPROCESSORS }),
     },
     hopper: render("cuda/hopper.cuh", {}),
@@ -65,27 +66,31 @@ export function forwardHopper(spec: KernelSpec, d: AttentionSizes, half: Float16
   return { source: source(spec, body), launches: [launch] };
 }
 
+/** By the number of warpgroups of queries, the registers per thread that the warpgroup of copies keeps, and those of the others. */
+const registers = { 2: { give: 24, take: 240 }, 3: { give: 32, take: 160 }, 4: { give: 24, take: 112 } } as const;
+
 /** Keys of a step; warpgroups of queries of a thread block, 64 rows each; stages of queries; bytes of shared memory. */
 interface ForwardTiling {
   readonly keys: number;
-  readonly groups: 2 | 3;
+  readonly groups: 2 | 3 | 4;
   readonly queryStages: 1 | 2;
   readonly shared: number;
 }
 
-/** The longest sequences whose heads of 64 are faster with blocks of 96 keys: fewer scores beyond the causal mask (measured with 1024). */
-const SHORT = 2048;
+/** The longest sequences whose heads of 64 are faster with four warpgroups and blocks of 64 keys: fewer scores beyond the causal mask (measured). */
+const SHORT = 1024;
 
 /** Returns the tiling of the forward kernel, or nothing if its tiles do not fit in shared memory. */
 function forwardTiling(d: AttentionSizes, boxes: number, valueBoxes: number): ForwardTiling | undefined {
-  const { U, W, chunk, drops } = d;
-  // random words of dropout need more than 160 registers per thread
-  const groupsOf = (keys: number) => (!drops && (W < 64 || (W === 64 && keys < 128)) ? 3 : 2);
+  const { U, C, W, chunk, drops } = d;
+  const isShort = C <= 64 && W === 64 && !drops && U <= SHORT && !isReordered(d, U);
+  // with dropout three warpgroups are not faster than two
+  const groupsOf = (keys: number) => (isShort ? 4 : !drops && (W < 64 || (W === 64 && keys < 128)) ? 3 : 2);
   const sharedOf = (keys: number, stages: number) =>
     128 * (64 * boxes * groupsOf(keys) * stages + 2 * (boxes + valueBoxes) * keys) + 64 + 16 * stages + (drops ? 4 : 0);
-  const keys = (
-    isReordered(d, U) ? [128, 64].filter((n) => chunk % n === 0) : [W === 64 && !drops ? (U <= SHORT ? 96 : 112) : 128, 80]
-  ).find((n) => sharedOf(n, 1) <= SHARED && (W <= 128 || n <= 80));
+  const keys = (isReordered(d, U) ? [128, 64].filter((n) => chunk % n === 0) : [isShort ? 64 : W === 64 && !drops ? 112 : 128, 80]).find(
+    (n) => sharedOf(n, 1) <= SHARED && (W <= 128 || n <= 80),
+  );
   if (keys === undefined) return undefined;
   const queryStages = sharedOf(keys, 2) <= SHARED ? 2 : 1;
   return { keys, groups: groupsOf(keys), queryStages, shared: sharedOf(keys, queryStages) };

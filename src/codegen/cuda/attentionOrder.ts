@@ -139,17 +139,17 @@ export function longestOfShares(
 ): number {
   const [all, blocks] = [B * G * M, Math.ceil(S / rows)];
   const empty = Math.floor((blocks * rows - S) / 64) * 64;
-  const loads = new Float64Array(multiprocessors);
+  const steps = new Float64Array(multiprocessors);
   for (let first = 0; first < all; first += share) {
     const heads = Math.min(share, all - first);
     for (let place = 0; place < heads * blocks; place++) {
       const turn = place % multiprocessors;
       const at = Math.floor(place / multiprocessors) % 2 ? multiprocessors - 1 - turn : turn;
       const end = (blocks - Math.floor(place / heads)) * rows - empty;
-      loads[at] = (loads[at] ?? 0) + Math.ceil(Math.min(U, S, end) / keys) + 1;
+      steps[at] = (steps[at] ?? 0) + Math.ceil(Math.min(U, S, end) / keys) + 1;
     }
   }
-  return Math.max(...loads);
+  return Math.max(...steps);
 }
 
 /** The times at which multiprocessors become free: a binary heap with the earliest first. */
