@@ -2,6 +2,7 @@
 import { bytesOf } from "../../schemas/dtypes.ts";
 import type { Instruction } from "../../schemas/plan.ts";
 import { elementsOf } from "../../schemas/sharding.ts";
+import { isOfFirst, tensorOf } from "../../schemas/tensorLists.ts";
 import { type BufferTable, buffersOf } from "../analysis/bufferTable.ts";
 import { bytesText, ranges } from "../units.ts";
 import type { FoundId } from "./findId.ts";
@@ -51,6 +52,10 @@ export function printInstructions({ id, instructions, buffers, alike }: FoundId,
   return out;
 }
 
+/** Returns operands in the order of the tensors of a list: a plan file sorts them by name. */
+const byTensor = (operands: Readonly<Record<string, string>>): [string, string][] =>
+  Object.entries(operands).sort(([a], [b]) => tensorOf(a).n - tensorOf(b).n);
+
 function rowsOf(i: Instruction, buffers: BufferTable): (readonly [string, string])[] {
   const operand = (id: string): string => `${id} ${buffers.get(id).dtype} ${shapeText(buffers.get(id))}`;
   const origin = (why: Extract<Instruction, { kind: "collective" }>["why"]): (readonly [string, string])[] => [
@@ -61,11 +66,12 @@ function rowsOf(i: Instruction, buffers: BufferTable): (readonly [string, string
     case "compute":
       return [
         ["op", i.op],
+        ...(i.tensors === undefined ? [] : [["tensors", String(i.tensors)] as const]),
         ["kernel", i.kernel + (i.first_kernel && i.first_kernel !== i.kernel ? `; for the first microbatch ${i.first_kernel}` : "")],
-        ...Object.entries(i.reads).map(([name, id]) => [`reads ${name}`, operand(id)] as const),
-        ...Object.entries(i.writes).map(([name, id]) => [`writes ${name}`, operand(id)] as const),
+        ...byTensor(i.reads).map(([name, id]) => [`reads ${name}`, operand(id)] as const),
+        ...byTensor(i.writes).map(([name, id]) => [`writes ${name}`, operand(id)] as const),
         ...Object.entries(i.attrs).map(([name, value]) => [`attribute ${name}`, String(value)] as const),
-        ...(i.accumulates?.length ? [["adds to", i.accumulates.join(" ")] as const] : []),
+        ...(i.accumulates?.length ? [["adds to", i.accumulates.filter(isOfFirst).join(" ")] as const] : []),
       ];
     case "collective":
       return [

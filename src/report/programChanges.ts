@@ -2,9 +2,11 @@
 import { pairsOf } from "../../schemas/effects.ts";
 import type { Collective, Instruction, Program } from "../../schemas/plan.ts";
 import { blocksOf, instructionsOf } from "../../schemas/program.ts";
+import { membersOf } from "../../schemas/tensorLists.ts";
 import { type BufferTable, buffersOf } from "../analysis/bufferTable.ts";
 import { anyLayerOrigin, layerOf } from "../analysis/layerNames.ts";
 import { anyLayer } from "../analysis/layerText.ts";
+import { ops } from "../ops/index.ts";
 import { bytesText } from "../units.ts";
 import { type BlockPhase, phases, shapeText } from "./programText.ts";
 
@@ -80,7 +82,7 @@ function placed(programs: readonly Program[], phase: BlockPhase): Map<string, Pl
     const buffers = buffersOf(program);
     for (const { kind, instructions } of blocksOf(program)) {
       if (kind !== phase) continue;
-      for (const instruction of instructions) {
+      for (const instruction of instructions.flatMap(tensorsApart)) {
         const one = { stage, instruction, buffers, program };
         const before = all.get(instruction.id);
         if (before) before.push(one);
@@ -89,6 +91,17 @@ function placed(programs: readonly Program[], phase: BlockPhase): Map<string, Pl
     }
   }
   return all;
+}
+
+/**
+ * Returns a list of tensors as an instruction for each, named by what it updates or adds up; any other instruction as itself. A parameter more then adds
+ * one, and does not change what comes behind it in a list.
+ */
+function tensorsApart(i: Instruction): Instruction[] {
+  if (i.kind !== "compute" || i.tensors === undefined) return [i];
+  const { inputs, outputs } = ops[i.op];
+  const [name = ""] = [...outputs, ...inputs].flatMap((o) => (o.any ? [o.name] : []));
+  return membersOf(i).map((one) => ({ ...one, id: `${one.writes[name] ?? one.reads[name] ?? i.id}.${i.op}` }));
 }
 
 /**

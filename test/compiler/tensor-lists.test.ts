@@ -4,12 +4,15 @@ import { openRun } from "../../runtime/train/openRun.ts";
 import type { Compute, Instruction, Program } from "../../schemas/plan.ts";
 import { instructionsOf } from "../../schemas/program.ts";
 import { membersOf } from "../../schemas/tensorLists.ts";
+import { BufferTable } from "../../src/analysis/bufferTable.ts";
+import { costOf } from "../../src/analysis/cost.ts";
 import { layerOf } from "../../src/analysis/layerNames.ts";
 import { cpu } from "../../src/codegen/targets.ts";
 import { compile } from "../../src/compile.ts";
 import { joinTensors } from "../../src/passes/fusion/tensorLists.ts";
 import { parsePlan } from "../../src/plan/read.ts";
 import { printPlan } from "../../src/plan/seal.ts";
+import { programChanges } from "../../src/report/programChanges.ts";
 import { programLines } from "../../src/report/programText.ts";
 import { fixture, jobOf } from "../support/job.ts";
 
@@ -213,4 +216,30 @@ test("a list is of no layer where its tensors are of several, and its line names
       " tensors.adamw.1 adamw g[32] scale[] lr[] step[] -> w[32] m[32] v[32] f32 and 4 more tensors keeps w m v",
     ]
   `);
+});
+
+test("a list costs the bytes of its tensors, and scalars once", () => {
+  const { programs, mesh } = planOf(jobs["one rank"], true);
+  for (const program of programs) {
+    const buffers = new BufferTable(program.buffers);
+    for (const list of lists(program.step)) {
+      const bytes = costOf(list, mesh, buffers).bytes;
+      const each = membersOf(list).reduce((sum, one) => sum + costOf(one, mesh, buffers).bytes, 0);
+      const scalars = list.op === "sum_squares" ? 2 : 3;
+      expect(bytes).toBe(each - 4 * scalars * ((list.tensors ?? 0) - 1));
+    }
+  }
+});
+
+test("diff compares lists tensor by tensor: a layer more adds its tensors and changes no other", () => {
+  const changes = (isJoined: boolean) => {
+    const [two, three] = [2, 3].map((layers) => planOf(jobWith({ world: 1 }, {}, { layers }), isJoined).programs);
+    return programChanges(two ?? [], three ?? []).filter(({ phase }) => phase === "step");
+  };
+  const facts = (isJoined: boolean) =>
+    changes(isJoined)
+      .map(({ change, does, layers }) => `${change} ${does} ${layers}`)
+      .sort();
+  expect(facts(true)).toEqual(facts(false));
+  expect(changes(true).map(({ id }) => id)).toContain("layers.*.wq.adamw");
 });
