@@ -125,7 +125,7 @@ export async function openCuda(plan: Plan, settings: CudaSettings): Promise<Cuda
         steps.close();
         comm.close();
       }
-      for (const part of [rankDevice, bounds, streams, kernels, arenas, context]) part.close();
+      for (const part of [waits, rankDevice, bounds, streams, kernels, arenas, context]) part.close();
     },
   };
 }

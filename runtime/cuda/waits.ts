@@ -7,6 +7,7 @@ export class Waits {
   readonly #context: Context;
   readonly #stream: Stream;
   readonly #checks: (() => void)[];
+  #isClosed = false;
 
   /** `stream`: the stream that `settled` waits for. `check` throws if another rank has failed. */
   constructor(context: Context, stream: Stream, check: () => void) {
@@ -25,10 +26,10 @@ export class Waits {
     for (const check of this.#checks) check();
   }
 
-  /** Waits until the event is complete. */
+  /** Waits until the event is complete. Throws if the device is closed by then. */
   async happens(event: Event): Promise<void> {
     const begun = performance.now();
-    for (let asked = 0; !this.#context.happened(event); asked++) {
+    for (let asked = 0; !this.#hasHappened(event); asked++) {
       if (asked % 256 === 0) this.check();
       // poll less often for long steps
       await (performance.now() - begun < 1000 ? setImmediate() : setTimeout(1));
@@ -55,6 +56,16 @@ export class Waits {
       if (performance.now() > last) return false;
       await setTimeout(1);
     }
+  }
+
+  /** Ends all waits: the events will be no more. Steps that failed may leave reads that nothing awaits. */
+  close(): void {
+    this.#isClosed = true;
+  }
+
+  #hasHappened(event: Event): boolean {
+    if (this.#isClosed) throw new Error("rankc: the device was closed while it was waited for");
+    return this.#context.happened(event);
   }
 
   /** Returns an event behind all work issued to the stream so far; later work does not move it. */

@@ -8,7 +8,9 @@ import { join } from "node:path";
 import { afterAll, beforeAll, describe, expect, test, vi } from "vitest";
 import { openCpu } from "../../runtime/cpu/backend.ts";
 import type { CudaRanks } from "../../runtime/cuda/backend.ts";
+import type { Context, Event, Stream } from "../../runtime/cuda/driver.ts";
 import { together } from "../../runtime/cuda/rank.ts";
+import { Waits } from "../../runtime/cuda/waits.ts";
 import { freePort } from "../../runtime/launch/launcher.ts";
 import { timesOf } from "../../runtime/launch/rendezvous.ts";
 import { StartupClock } from "../../runtime/startup.ts";
@@ -64,6 +66,23 @@ async function open(reference: Plan, settings: Partial<RunSettings> = {}): Promi
   const own = withCubins(plan);
   return openRun(own, { backend: "cuda", baseDir: fixture(""), cubin: imagesOf(own).cubin, version: "test", ...settings });
 }
+test("a device that is closed ends its waits: no event is asked about that is no more", async () => {
+  let [asked, isClosed] = [0, false];
+  const happened = () => {
+    if (isClosed) throw new Error("an event of a closed context");
+    asked++;
+    return false;
+  };
+  const context = { happened } as unknown as Context;
+  const waits = new Waits(context, {} as Stream, () => undefined);
+  const read = waits.happens({} as Event);
+  await new Promise(setImmediate);
+  waits.close();
+  isClosed = true;
+  await expect(read).rejects.toThrow("the device was closed while it was waited for");
+  expect(asked).toBeGreaterThan(0);
+});
+
 const quiet = { metrics: undefined, log: undefined, dashboard: undefined } as const;
 
 describe.skipIf(noCompiler)(`with a stand-in for the driver${noCompiler}`, () => {
