@@ -31,13 +31,19 @@ export interface StepOptions {
   readonly detailed?: boolean;
 }
 
+/** The step after one that is asked for. */
+export interface NextStep extends StepOptions {
+  /** Called at the begin of this step if the next is to be issued while it runs. With `stop` the run then ends after this step. */
+  readonly beforeAhead?: () => void;
+}
+
 /** Options of `Run.step`. All processes of a run give the same. */
 export interface StepCall extends StepOptions {
   /**
    * The options of the step after this one, if it follows directly: until then the caller neither saves nor evaluates, reads no state, skips
    * no step, and does not end the run but by `stop`. It may then be issued while this one runs.
    */
-  readonly next?: StepOptions | undefined;
+  readonly next?: NextStep | undefined;
 }
 
 /** A run of a plan on the local ranks. */
@@ -217,12 +223,14 @@ class TrainingLoop {
     const from = performance.now();
     this.#next = this.#read(after, batchAt(job.train, after));
     const loaded = performance.now();
+    // asked before the host does anything else
+    const hasEnded = next !== undefined && (await endsByNow(step.ended));
     this.#inputs.whileComputing?.(this.#seconds);
     if (next) await this.#issueAhead(next, step, begun + 1000 * this.#seconds - EARLY);
     this.#localRanks.report?.(this.#ahead ? "the end of the step before" : "the end of the step");
     const ended = await step.ended;
     // a device that still computes when the batch is there has not waited; otherwise it may have, for as long as the reading took
-    this.#dataWait = ended - loaded > BUSY ? 0 : loaded - from;
+    this.#dataWait = hasEnded || ended - loaded <= BUSY ? loaded - from : 0;
     const memory = detailed ? this.#localRanks.memoryInUse?.() : undefined;
     const numbers = await step.numbers();
     const { outcome, nonfinite } = await this.#judged(step, numbers);
@@ -295,13 +303,14 @@ class TrainingLoop {
    * Issues the step after `running` at `time` (of performance.now()), or when `running` ends before it. Does nothing if that step depends on
    * the numbers of `running`, cannot begin before its end, or is not to begin. All processes of a run decide the same.
    */
-  async #issueAhead({ detailed = false }: StepOptions, running: IssuedStep, time: number): Promise<void> {
+  async #issueAhead({ detailed = false, beforeAhead }: NextStep, running: IssuedStep, time: number): Promise<void> {
     const { train } = this.#plan.job;
     const batch = this.#next;
     const parameters = this.#schedule.following();
     // the schedule and the loss scale depend on whether a step updated the weights
     const isKnown = train.precision !== "fp16" && train.on_nonfinite === "stop";
     if (!isKnown || !batch || batch instanceof Error || !this.#issuer.canIssueAhead(parameters, detailed)) return;
+    beforeAhead?.();
     await endOrTime(running.ended, time);
     if (this.mayBegin()) this.#ahead = await this.#issue({ parameters, batch, detailed });
   }
@@ -361,6 +370,13 @@ class TrainingLoop {
       return error as Error;
     }
   }
+}
+
+/** Returns whether a step has ended, after one turn of the event loop, in which its end arrives. Rejects with the step. */
+function endsByNow(ended: Promise<unknown>): Promise<boolean> {
+  // browsers have no setImmediate
+  const { setImmediate = (resolve) => void setTimeout(resolve) } = globalThis as { readonly setImmediate?: (resolve: () => void) => void };
+  return Promise.race([ended.then(() => true), new Promise<void>(setImmediate).then(() => false)]);
 }
 
 /** Waits for the end of a step, at most until a time of performance.now(). Rejects with the step. */

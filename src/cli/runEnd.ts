@@ -51,18 +51,27 @@ export class RunEnd {
   }
 
   /**
-   * Stops the run if another step, and a checkpoint that takes `saveSeconds`, would end after the time limit. `isAhead`: the next step has
-   * begun; the run ends after it at the earliest, so the step after it is decided on.
+   * Counts a step, and stops the run if another one, and a checkpoint that takes `saveSeconds`, would end after the time limit. `isAhead`: the next
+   * step has begun, so `beforeAhead` decides on the one after it.
    */
   afterStep(stepSeconds: number, saveSeconds: number, isAhead = false): void {
     this.#steps = [...this.#steps.slice(-9), stepSeconds];
-    const end = performance.now() / 1000 + (isAhead ? 2 : 1) * Math.max(...this.#steps) + saveSeconds;
-    if (end > this.#limit) this.#end({ by: "time limit", code: TIME_LIMIT_CODE });
+    if (!isAhead) this.#expectTime(1, saveSeconds);
+  }
+
+  /** Called when a step begins behind which another one is to begin before its end: stops the run after it if both do not end in time. */
+  beforeAhead(saveSeconds: number): void {
+    this.#expectTime(2, saveSeconds);
   }
 
   close(): void {
     clearTimeout(this.#later);
     for (const [signal, handler] of this.#handlers) process.removeListener(signal, handler);
+  }
+
+  #expectTime(steps: number, saveSeconds: number): void {
+    const end = performance.now() / 1000 + steps * Math.max(...this.#steps) + saveSeconds;
+    if (end > this.#limit) this.#end({ by: "time limit", code: TIME_LIMIT_CODE });
   }
 
   #signal(by: keyof typeof exitCodes): void {

@@ -82,7 +82,8 @@ export async function trainSteps(training: Training): Promise<void> {
       continue;
     }
     const number = run.progress().steps + 1;
-    const next = followsDirectly(number, training) ? { detailed: isDetailed(number + 1, options) } : undefined;
+    const beforeAhead = () => end.beforeAhead(saves.saved?.seconds ?? 0);
+    const next = followsDirectly(number, training) ? { detailed: isDetailed(number + 1, options), beforeAhead } : undefined;
     const step = await run.step({ detailed: isDetailed(number, options), next });
     totals.add(step);
     const started = totals.done === 1 ? startup.end("first_step") : undefined;

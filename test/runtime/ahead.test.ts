@@ -196,6 +196,23 @@ test("the time of a step that was issued ahead begins at the end of the step bef
   expect(one + sum).toBeLessThanOrEqual(last - first);
 });
 
+test("the wait for data is that of the step which needed them, also if the next step is issued before the end is awaited", async () => {
+  const good = batches(plain.job);
+  const slow = (first: number, rows: number) => {
+    const until = performance.now() + 10;
+    while (performance.now() < until);
+    return good(first, rows);
+  };
+  const { run } = runWith(plain, { batch: slow });
+  // the device of these ranks has ended when the batch is there
+  const waits = (await stepsOf(run, 4)).map(({ data_wait_seconds }) => data_wait_seconds);
+  for (const wait of waits) expect(wait).toBeGreaterThanOrEqual(0.01);
+  const busy = runWith(plain, { batch: slow });
+  for (const n of [1, 2, 3, 4]) busy.ends[n] = () => new Promise((resolve) => setTimeout(resolve, 60));
+  const [, ...others] = (await stepsOf(busy.run, 4)).map(({ data_wait_seconds }) => data_wait_seconds);
+  expect(others).toEqual([0, 0, 0]);
+});
+
 describe("with the time of steps", () => {
   beforeEach(() => {
     vi.useFakeTimers({ toFake: ["setTimeout", "clearTimeout", "performance"] });
@@ -261,19 +278,40 @@ describe("with the time of steps", () => {
     ends.push(never, never, never);
     void run.step({ next: {} });
     await vi.advanceTimersByTimeAsync(0);
+    await laterTurn();
     expect(journal).toEqual(["issue 1", "issue 2"]);
   });
 
-  test("a time limit counts the step that is issued already", () => {
-    const stops = (isAhead: boolean): boolean => {
-      const stop = vi.fn();
-      // 100 seconds from the start of the process; the steps take 10
-      const end = new RunEnd(performance.now() / 1000 + 15);
-      end.watch({ stop });
-      end.afterStep(10, 0, isAhead);
+  test("a time limit is decided on when a step begins that the next is issued behind, and for both of them", async () => {
+    /** Runs steps of one second on ranks that issue ahead or not, with a limit of so many seconds. Returns the steps, and the seconds they took. */
+    const stepsWithin = async (limit: number, canBeginAhead: boolean) => {
+      const { run, ends } = runWith(plain, {}, { canBeginAhead });
+      let device = Promise.resolve();
+      ends.push(...Array.from({ length: 20 }, () => () => (device = device.then(second))));
+      const begun = performance.now();
+      const end = new RunEnd(begun / 1000 + limit);
+      end.watch(run);
+      const train = async (): Promise<void> => {
+        for (let n = 1; run.mayBegin(); n++) {
+          // something happens after step 2, so that nothing is issued behind it
+          const { seconds } = await run.step({ next: n === 2 ? undefined : { beforeAhead: () => end.beforeAhead(0) } });
+          end.afterStep(seconds, 0, run.isAhead());
+        }
+      };
+      const trained = train();
+      // turns of the event loop take no time
+      for (let n = 0; n < 130; n++) {
+        await vi.advanceTimersByTimeAsync(50);
+        for (let turn = 0; turn < 3; turn++) await laterTurn();
+      }
+      await trained;
       end.close();
-      return stop.mock.calls.length > 0;
+      expect(end.reason?.by).toBe("time limit");
+      return run.progress().steps;
     };
-    expect([stops(false), stops(true)]).toEqual([false, true]);
+    for (const limit of [2.5, 3.5, 4.5, 5.5]) {
+      expect(await stepsWithin(limit, true), `${limit} s`).toBe(Math.floor(limit));
+      expect(await stepsWithin(limit, false), `${limit} s`).toBe(Math.floor(limit));
+    }
   });
 });
