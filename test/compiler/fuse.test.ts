@@ -225,3 +225,16 @@ describe.each(Object.entries(meshes))("%s", (_, parallel) => {
     for (const [name, g] of plain.gradients) expect(distance(fused.gradients.get(name)?.data ?? [], g.data), name).toBeLessThan(1e-5);
   });
 });
+
+test("the exchanges of sequence parallelism are divided as in the program that is not fused, also before keys and values in one launch", async () => {
+  const job = jobWith({}, { world: 2, tensor: 2, sequence: true, tensor_overlap: 2 });
+  const [plain, fused] = [planOf(job, false), planOf(job, true)];
+  const exchanges = ({ programs }: typeof plain) =>
+    programs.flatMap(instructionsOf).flatMap((i) => (i.kind === "collective" && /\.part\d$/.test(i.id) ? [i.id] : []));
+  expect(exchanges(fused)).toEqual(exchanges(plain));
+  expect(exchanges(plain).filter((id) => id.includes("attn.norm"))).toHaveLength(4);
+  expect(opsOf(fused)).toMatchObject({ gemm_pair: 4 });
+  const [want, got] = [await train(plain), await train(fused)];
+  for (const [n, [loss]] of want.losses.entries()) expect(Math.abs((got.losses[n]?.[0] ?? 0) / loss - 1)).toBeLessThan(1e-6);
+  for (const [name, g] of want.gradients) expect(distance(got.gradients.get(name)?.data ?? [], g.data), name).toBeLessThan(1e-5);
+});

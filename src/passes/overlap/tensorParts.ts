@@ -43,7 +43,7 @@ function withoutCopies(program: Program, buffers: BufferTable): Program {
 }
 
 /** Products with a row for each token. */
-const products: ReadonlySet<OpName> = new Set(["gemm", "gemm_swiglu"] as const);
+const products: ReadonlySet<OpName> = new Set(["gemm", "gemm_pair", "gemm_swiglu"] as const);
 /** Ops on each element alone, between the products of a feed-forward part. */
 const activations: ReadonlySet<OpName> = new Set([
   ...(["swiglu", "geglu", "quick_geglu", "gelu", "gelu_tanh", "squared_relu", "add_bias"] as const),
