@@ -119,6 +119,7 @@ interface CudaAttentionOrderCuh {
   readonly name: string | number;
   readonly params: string | number;
   readonly rows: string | number;
+  readonly rowsEach: string | number;
   readonly split: string | number;
   readonly vectors: boolean;
   readonly wave: string | number;

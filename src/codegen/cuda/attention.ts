@@ -127,7 +127,7 @@ function gradTiles(spec: KernelSpec, d: AttentionSizes, half: Float16, arch: Arc
   const { args, ...texts } = startTexts(d);
   const tiles = tilesText(d, half, threads);
   const orderText = render("cuda/attention_order.cuh", {
-    ...{ name, keys, rows, lanes, vectors: cudaArchs[arch].vectorReductions, ...float16Types[half] },
+    ...{ name, keys, rows, lanes, rowsEach: ROWS_EACH, vectors: cudaArchs[arch].vectorReductions, ...float16Types[half] },
     ...{ wave, alternating: `${alternating}`, split, ...texts },
   });
   const common = { name, tiles, order: orderText, part, ...texts, ...float16Types[half], queryParams: part ? `, ${texts.params}` : "" };
@@ -144,6 +144,8 @@ function gradTiles(spec: KernelSpec, d: AttentionSizes, half: Float16, arch: Arc
   return { source: source({ name, dtype: { ...spec.dtype, ...main.dtypes } }, main.body), ...gradLaunches(name, d, grid, main, args) };
 }
 
+/** Rows whose sums of o·dy a thread of the first launch computes: their loads overlap, and their results are one store. */
+const ROWS_EACH = 4;
 /** The tiles of a gradient on tensor cores, and how its thread blocks share them. */
 interface GradGrid {
   /** Queries and keys of a tile. */
@@ -179,7 +181,7 @@ function gradLaunches(
   const launches: GeneratedLaunch[] = [
     {
       entry: `${name}_rows`,
-      grid: [ceil(queryTiles * rows * lanes, threads), 1, 1],
+      grid: [ceil((queryTiles * rows * lanes) / ROWS_EACH, threads), 1, 1],
       threads,
       shared: 0,
       args: ["o", "lse", "dy", scratch(at.lse2), scratch(at.delta), scratch(at.counters)],
