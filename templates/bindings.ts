@@ -50,6 +50,10 @@ interface CudaAttentionGradHopperCuh {
   readonly half: string | number;
 }
 
+interface CudaAttentionGradItemsCuh {
+  readonly documents: boolean;
+}
+
 interface CudaAttentionGradWgmmaCu {
   readonly buffers: string | number;
   readonly common: string | number;
@@ -57,6 +61,7 @@ interface CudaAttentionGradWgmmaCu {
   readonly drops: boolean;
   readonly half: string | number;
   readonly hopper: string | number;
+  readonly items: string | number;
   readonly keyStart: string | number;
   readonly maskArgs: string | number;
   readonly name: string | number;
@@ -1505,6 +1510,7 @@ export interface Templates {
   readonly "cuda/attention.cu": CudaAttentionCu;
   readonly "cuda/attention_grad.cu": CudaAttentionGradCu;
   readonly "cuda/attention_grad_hopper.cuh": CudaAttentionGradHopperCuh;
+  readonly "cuda/attention_grad_items.cuh": CudaAttentionGradItemsCuh;
   readonly "cuda/attention_grad_wgmma.cu": CudaAttentionGradWgmmaCu;
   readonly "cuda/attention_grad_wide.cu": CudaAttentionGradWideCu;
   readonly "cuda/attention_mask.cuh": CudaAttentionMaskCuh;

@@ -75,10 +75,13 @@ inline void barrierExpect(word address, word bytes) {
 
 // -- boxes
 
+/** A box of a tensor; or bytes in a row, from an address. */
 struct Load {
   word to, barrier, ranks;
   TensorMap map;
   int at[3];
+  const float* from;
+  word bytes;
 };
 static Load loads[4096];
 static int loadCount;
@@ -108,7 +111,12 @@ template <class Inside, class Outside> inline void eachOf(const TensorMap& m, co
 inline void tensorLoad(word to, const TensorMap& map, word barrier, word ranks, int x, int y, int z) {
   checkMap(map, to);
   if (loadCount == 4096) fail("more than 4096 loads under way");
-  loads[loadCount++] = {to, barrier, ranks, map, {x, y, z}};
+  loads[loadCount++] = {to, barrier, ranks, map, {x, y, z}, nullptr, map.box[1] * map.box[2] * 128};
+}
+inline void bulkLoad(word to, const float* from, word bytes, word barrier) {
+  if (reinterpret_cast<uintptr_t>(from) % 16 || to % 16 || bytes % 16) fail("a copy of bytes in a row whose places or number are no multiples of 16");
+  if (loadCount == 4096) fail("more than 4096 loads under way");
+  loads[loadCount++] = {to, barrier, 1u << clusterRank(), {}, {}, from, bytes};
 }
 /** One of the loads and arrivals under way is there. */
 inline void happen() {
@@ -124,11 +132,12 @@ inline void happen() {
   for (word rank = 0; rank < maxCluster; rank++) {
     if (!(l.ranks >> rank & 1)) continue;
     mustLive(rank, "a box", l.to);
-    eachOf(
+    if (l.from) memcpy(sharedOf[rank] + l.to, l.from, l.bytes);
+    else eachOf(
       l.map, l.at, l.to, [&](word place, unsigned char* global) { memcpy(sharedOf[rank] + place, global, l.map.elementBytes); },
       [&](word place) { memset(sharedOf[rank] + place, 0, l.map.elementBytes); });
     PhaseBarrier& b = phaseBarrierAt(l.barrier, rank);
-    b.bytes -= l.map.box[1] * l.map.box[2] * 128ll;
+    b.bytes -= (long long)l.bytes;
     endPhase(b);
   }
 }

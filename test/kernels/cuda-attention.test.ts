@@ -305,6 +305,25 @@ describe.skipIf(missing)("heads in shares", () => {
   );
 });
 
+describe("the gradient of heads of 64 on Hopper", () => {
+  const gradOf = (S: number, sharesDevice: boolean, d: Partial<Record<"G" | "C" | "W", number>> = {}) => {
+    const [, c] = casesOf({ B: 1, S, U: S, G: 2, M: 1, C: 64, start: 0, arch: "sm_90a", type: "bf16" }, 98);
+    const use: KernelSpec = { ...c!.use, d: { ...c!.use.d, ...d }, ...(sharesDevice && { sharesDevice }) };
+    return { ...c!, use, made: generators.attention_grad(use, "sm_90a") };
+  };
+  test("a thread block takes items until none is left, beside collectives one: they begin when a block is done", () => {
+    const blocksOf = (d: Parameters<typeof gradOf>[2]) => [false, true].map((shares) => gradOf(8, shares, d).made.launches[1]!.grid[0]);
+    expect(blocksOf({ G: 180 })).toEqual([132, 180]);
+    expect(blocksOf({ G: 180, C: 128, W: 128 })).toEqual([180, 180]);
+  });
+  test.skipIf(missing)("one thread block that takes all items, and one for each, make the same", full, async () => {
+    const [all, each] = [gradOf(300, false), gradOf(300, true)];
+    const launches = all.made.launches.map((l, i): GeneratedLaunch => (i === 1 ? { ...l, grid: [1, 1, 1] } : l));
+    await hold(cudaEmulator([all], [0, 1, 2, 3]), { ...all.made, launches }, all);
+    await hold(cudaEmulator([each]), each.made, each);
+  });
+});
+
 test("one attention's gradient needs f32 sums of the queries' gradients, and a few numbers for each row", () => {
   for (const arch of ["sm_90a", "sm_100a"] as const) {
     const shape: Shape = { B: 2, S: 131, U: 131, G: 2, M: 1, C: 64, start: 0, arch, type: "bf16" };

@@ -130,22 +130,25 @@ function gradTiles(spec: KernelSpec, d: AttentionSizes, half: Float16, arch: Arc
     ...{ name, keys, rows, lanes, rowsEach: ROWS_EACH, vectors: cudaArchs[arch].vectorReductions, ...float16Types[half] },
     ...{ wave, alternating: `${alternating}`, split, ...texts },
   });
+  const items = B * G * split * ceil(keyBlocks, wave) * wave;
   const common = { name, tiles, order: orderText, part, ...texts, ...float16Types[half], queryParams: part ? `, ${texts.params}` : "" };
   const main = hopper
-    ? gradHopper(d, half, hopper, { ...common, split: split > 1 })
+    ? gradHopper(d, half, hopper, { ...common, split: split > 1 }, items, spec.sharesDevice === true)
     : {
         body: render("cuda/attention_grad.cu", { ...common, stages }),
         threads,
         shared: padded(keys, stages),
         args: ["q", "k", "v", "dy"],
         dtypes: {},
+        blocks: items,
       };
-  const grid = { rows, keys, lanes, queryTiles: B * H * queryBlocks, keyBlocks, wave, split };
+  const grid = { rows, keys, lanes, queryTiles: B * H * queryBlocks, keyBlocks, blocks: main.blocks, split };
   return { source: source({ name, dtype: { ...spec.dtype, ...main.dtypes } }, main.body), ...gradLaunches(name, d, grid, main, args) };
 }
 
 /** Rows whose sums of o·dy a thread of the first launch computes: their loads overlap, and their results are one store. */
 const ROWS_EACH = 4;
+
 /** The tiles of a gradient on tensor cores, and how its thread blocks share them. */
 interface GradGrid {
   /** Queries and keys of a tile. */
@@ -155,8 +158,9 @@ interface GradGrid {
   readonly lanes: number;
   readonly queryTiles: number;
   readonly keyBlocks: number;
-  /** Concurrent key blocks of a head, and thread blocks that share the query heads of a key head (attentionOrder.ts). */
-  readonly wave: number;
+  /** Thread blocks of the launch of the products. */
+  readonly blocks: number;
+  /** Thread blocks that share the query heads of a key head (attentionOrder.ts). */
   readonly split: number;
 }
 
@@ -164,7 +168,7 @@ interface GradGrid {
 function gradLaunches(
   name: string,
   d: AttentionSizes,
-  { rows, keys, lanes, queryTiles, keyBlocks, wave, split }: GradGrid,
+  { rows, keys, lanes, queryTiles, keyBlocks, blocks, split }: GradGrid,
   main: Pick<GeneratedLaunch, "threads" | "shared" | "args">,
   args: readonly KernelArg[],
 ): Pick<GeneratedKernel, "launches" | "scratch"> {
@@ -188,7 +192,7 @@ function gradLaunches(
     },
     {
       entry: name,
-      grid: [B * G * split * ceil(keyBlocks, wave) * wave, 1, 1],
+      grid: [blocks, 1, 1],
       threads: main.threads,
       shared: main.shared,
       args: [

@@ -136,19 +136,25 @@ type GradText = Pick<
   | "split"
 >;
 
-/** Returns the main launch of the gradient, and the source of all of its launches. */
-export function gradHopper(d: AttentionSizes, half: Float16, tiling: GradTiling, text: GradText) {
+/**
+ * Returns the main launch of the gradient, and the source of all of its launches. `items`: blocks of keys, for each key head and part of its query
+ * heads; there is a thread block for each. For heads of 64, unless collectives share the device, a thread block takes items until none is left: 9 % faster
+ * with 1024 tokens, where an item has 4.5 steps on average. Wider heads are slower so (test/results/cuda-attention-2026-12-01.md).
+ */
+export function gradHopper(d: AttentionSizes, half: Float16, tiling: GradTiling, text: GradText, items: number, sharesDevice: boolean) {
   const { rows, keys } = tiling;
   const { documents, drops } = text;
   const more = {
     hopper: render("cuda/hopper.cuh", {}),
     common: render("cuda/attention_grad_hopper.cuh", { half: text.half, documents, drops }),
   };
-  const { body, shared } = (isWide(d) ? gradWide : gradNarrow)(d, half, tiling, { ...text, ...more });
+  const persists = d.C === 64 && d.W === 64 && !sharesDevice;
+  const whole = { ...text, ...more };
+  const { body, shared } = isWide(d) ? gradWide(d, half, tiling, whole) : gradNarrow(d, half, tiling, whole, persists);
   const args = [boxesOf("q", d, half, rows), boxesOf("k", d, half, keys), boxesOf("v", d, half, keys), boxesOf("dy", d, half, rows)];
   // warpgroups of the wide kernel pass weights on as f16
   const dtypes: Readonly<Record<string, Dtype>> = isWide(d) ? { weights: "f16" } : {};
-  return { body, threads: 384, shared, args, dtypes };
+  return { body, threads: 384, shared, args, dtypes, blocks: persists ? Math.min(items, MULTIPROCESSORS) : items };
 }
 type WholeGradText = GradText & Readonly<Record<"hopper" | "common", string>>;
 
@@ -156,14 +162,15 @@ type WholeGradText = GradText & Readonly<Record<"hopper" | "common", string>>;
  * Returns the source and the shared memory in bytes. Per thread, gradients of keys and values take (C + W) / 2 registers; with C = 192 and W = 128 the
  * rest holds the scores of 32 queries at a time, and the gradients of queries in two passes of 64 and 32 columns.
  */
-function gradNarrow(d: AttentionSizes, half: Float16, { rows, keys }: GradTiling, text: WholeGradText) {
+function gradNarrow(d: AttentionSizes, half: Float16, { rows, keys }: GradTiling, text: WholeGradText, persists: boolean) {
   const { C, W } = d;
   const sub = C + W > 256 ? 32 : 64;
   const boxes = (C + W) / 64;
   const columns = (rows * C) / 128 - 64;
   const grads = 2 * keys * rows;
   // keys and values; two stages of queries and dy; two statistics per query row and stage; barriers, ticket
-  const others = boxes * keys * 128 + 2 * boxes * rows * 128 + 16 * rows + 96 + (d.drops ? 4 : 0) + (d.documents ? 4 * keys : 0);
+  const barriers = persists ? 128 + (d.drops ? 8 : 0) : 96 + (d.drops ? 4 : 0);
+  const others = boxes * keys * 128 + 2 * boxes * rows * 128 + 16 * rows + barriers + (d.documents ? 4 * keys : 0);
   const tile = 4 * rows * C;
   // two buffers for gradients of scores, and for gradients of queries, if they fit
   const buffers = others + 2 * grads + tile <= SHARED ? 2 : 1;
@@ -176,7 +183,8 @@ function gradNarrow(d: AttentionSizes, half: Float16, { rows, keys }: GradTiling
     weighDy: weigh(W, half),
   };
   const sharesMore = text.documents || text.drops;
-  const body = render("cuda/attention_grad_wgmma.cu", { ...text, ...products, sub, buffers, tileBuffers, sharesMore });
+  const items = persists ? render("cuda/attention_grad_items.cuh", { documents: text.documents }) : "";
+  const body = render("cuda/attention_grad_wgmma.cu", { ...text, ...products, sub, buffers, tileBuffers, sharesMore, items });
   return { body, shared: others + buffers * grads + tileBuffers * tile };
 }
 
