@@ -416,6 +416,26 @@ interface CudaGemmMmaCu {
   readonly warpsN: string | number;
 }
 
+interface CudaGemmTf32Cu {
+  readonly blocks: string | number;
+  readonly counters: string | number;
+  readonly divided: boolean;
+  readonly divisions: string | number;
+  readonly few: string | number;
+  readonly held: string | number;
+  readonly hopper: string | number;
+  readonly many: string | number;
+  readonly more: readonly { readonly a: string | number; readonly b: string | number; readonly from: string | number }[];
+  readonly name: string | number;
+  readonly offsets: string | number;
+  readonly prepared: boolean;
+  readonly product: string | number;
+  readonly ragged: boolean;
+  readonly stages: string | number;
+  readonly tiles: string | number;
+  readonly unroll: string | number;
+}
+
 interface CudaGemmTilesCuh {
   readonly adds: string | number;
   readonly depth: string | number;
@@ -674,6 +694,18 @@ interface CudaRopeAnglesCuh {
   readonly vector: string | number;
 }
 
+interface CudaRoundBoxesCu {
+  readonly counters: boolean;
+  readonly depth: string | number;
+  readonly depthFirst: boolean;
+  readonly experts: string | number;
+  readonly first: string | number;
+  readonly n: string | number;
+  readonly name: string | number;
+  readonly spreads: boolean;
+  readonly steps: string | number;
+}
+
 interface CudaRowChoicesCu {
   readonly count: string | number;
   readonly from: string | number;
@@ -903,6 +935,13 @@ interface CudaTotalCu {
   readonly type: string | number;
 }
 
+interface CudaTurnCu {
+  readonly columns: string | number;
+  readonly layers: string | number;
+  readonly name: string | number;
+  readonly rows: string | number;
+}
+
 interface CudaUniformMaskCu {
   readonly allExperts: string | number;
   readonly allPositions: string | number;
@@ -933,6 +972,16 @@ interface CudaWgmmaCuh {
   readonly suffix: string | number;
   readonly transposedA: string | number;
   readonly transposedB: string | number;
+}
+
+interface CudaWgmmaTf32Cuh {
+  readonly addAt: string | number;
+  readonly bAt: string | number;
+  readonly count: string | number;
+  readonly left: string | number;
+  readonly n: string | number;
+  readonly names: readonly (string | number)[];
+  readonly places: readonly (string | number)[];
 }
 
 interface CudaWgmmaWeighCuh {
@@ -1537,6 +1586,7 @@ export interface Templates {
   readonly "cuda/gemm_f32.cu": CudaGemmF32Cu;
   readonly "cuda/gemm_f32_pipelined.cu": CudaGemmF32PipelinedCu;
   readonly "cuda/gemm_mma.cu": CudaGemmMmaCu;
+  readonly "cuda/gemm_tf32.cu": CudaGemmTf32Cu;
   readonly "cuda/gemm_tiles.cuh": CudaGemmTilesCuh;
   readonly "cuda/gemm_wgmma.cu": CudaGemmWgmmaCu;
   readonly "cuda/head_rope.cu": CudaHeadRopeCu;
@@ -1555,6 +1605,7 @@ export interface Templates {
   readonly "cuda/reduce_partials.cu": CudaReducePartialsCu;
   readonly "cuda/rope.cu": CudaRopeCu;
   readonly "cuda/rope_angles.cuh": CudaRopeAnglesCuh;
+  readonly "cuda/round_boxes.cu": CudaRoundBoxesCu;
   readonly "cuda/row_choices.cu": CudaRowChoicesCu;
   readonly "cuda/row_reduce.cu": CudaRowReduceCu;
   readonly "cuda/rows.cu": CudaRowsCu;
@@ -1573,9 +1624,11 @@ export interface Templates {
   readonly "cuda/top_k_mask.cu": CudaTopKMaskCu;
   readonly "cuda/top_k_warp.cu": CudaTopKWarpCu;
   readonly "cuda/total.cu": CudaTotalCu;
+  readonly "cuda/turn.cu": CudaTurnCu;
   readonly "cuda/uniform_mask.cu": CudaUniformMaskCu;
   readonly "cuda/weights.cu": CudaWeightsCu;
   readonly "cuda/wgmma.cuh": CudaWgmmaCuh;
+  readonly "cuda/wgmma_tf32.cuh": CudaWgmmaTf32Cuh;
   readonly "cuda/wgmma_weigh.cuh": CudaWgmmaWeighCuh;
   readonly "text/explain": TextExplain;
   readonly "wgsl/arrange.wgsl": WgslArrangeWgsl;

@@ -80,7 +80,7 @@ struct Load {
   word to, barrier, ranks;
   TensorMap map;
   int at[3];
-  const float* from;
+  const void* from;
   word bytes;
 };
 static Load loads[4096];
@@ -113,7 +113,7 @@ inline void tensorLoad(word to, const TensorMap& map, word barrier, word ranks, 
   if (loadCount == 4096) fail("more than 4096 loads under way");
   loads[loadCount++] = {to, barrier, ranks, map, {x, y, z}, nullptr, map.box[1] * map.box[2] * 128};
 }
-inline void bulkLoad(word to, const float* from, word bytes, word barrier) {
+inline void bulkLoad(word to, const void* from, word bytes, word barrier) {
   if (reinterpret_cast<uintptr_t>(from) % 16 || to % 16 || bytes % 16) fail("a copy of bytes in a row whose places or number are no multiples of 16");
   if (loadCount == 4096) fail("more than 4096 loads under way");
   loads[loadCount++] = {to, barrier, 1u << clusterRank(), {}, {}, from, bytes};
@@ -177,7 +177,7 @@ struct Async {
     u64 a, b;
     float rows[2][16];
     float* sums;
-    bool add, inRegisters, transposedA, transposedB, f16;
+    bool add, inRegisters, transposedA, transposedB, f16, tf32;
     int group;
   } products[128];
   int productCount, productGroups;
@@ -283,6 +283,7 @@ inline Async::Product& begin(float* sums, int count, bool add) {
   Async::Product& p = m.products[m.productCount++];
   p.sums = sums;
   p.add = add;
+  p.tf32 = false;
   p.group = m.productGroups;
   return p;
 }
@@ -310,6 +311,25 @@ inline void weigh(float* sums, int count, const float (&a)[2][16], u64 b, bool a
   p.f16 = f16;
 }
 inline void weighF16(float* sums, int count, const float (&a)[2][16], u64 b, bool add) { weigh(sums, count, a, b, add, true); }
+/** An element of an operand in TF32, which has depth as its contiguous dim: the lowest 13 bits are ignored. */
+inline float operandElementTf32(u64 descriptor, word r, word k) {
+  word bits;
+  memcpy(&bits, sharedPointer(swizzled((word(descriptor & 0x3fff) << 4) + r / 8 * (word(descriptor >> 32 & 0x3fff) << 4) + r % 8 * 128 + k * 4)), 4);
+  return tf32(bits);
+}
+/** a: the first 8 of each row are operands in TF32. */
+inline void weighTf32(float* sums, int count, const float (&a)[2][16], u64 b, bool add) {
+  checkOperand(b);
+  Async::Product& p = begin(sums, count, add);
+  for (int h = 0; h < 2; h++)
+    for (int k = 0; k < 16; k++) {
+      word bits;
+      memcpy(&bits, &a[h][k], 4);
+      p.rows[h][k] = tf32(bits);
+    }
+  p.b = b;
+  p.inRegisters = p.tf32 = true;
+}
 inline void productFence() { ballot(~0u, "wgmma.fence", false); }
 inline void productCommit() { mine().productGroups++; }
 inline void productWait(int pending) {
@@ -325,8 +345,8 @@ inline void productWait(int pending) {
     for (int c = 0; c < to.count / 2; c++) {
       const int column = c / 2 * 8 + lane % 4 * 2 + c % 2;
       double sum[2] = {0, 0};
-      for (int k = 0; k < 16; k++) {
-        const float b = operandElement(p.b, p.transposedB, column, k, p.f16);
+      for (int k = 0; k < (p.tf32 ? 8 : 16); k++) {
+        const float b = p.tf32 ? operandElementTf32(p.b, column, k) : operandElement(p.b, p.transposedB, column, k, p.f16);
         for (int h = 0; h < 2; h++) sum[h] += double(p.rows[h][k]) * b;
       }
       for (int h = 0; h < 2; h++) {

@@ -77,7 +77,7 @@ export function caseOf(name: string, op: OpName, sizes: Sizes, half: Half, adds 
 export function sumCaseOf(
   name: string,
   op: OpName,
-  { S = 0, K, rows, depths }: Omit<Sizes, "N"> & { readonly depths: readonly number[] },
+  { S = 0, K, rows, tf32, depths }: Omit<Sizes, "N"> & { readonly depths: readonly number[] },
   half: Half,
 ): ContractCase {
   const spare = 29;
@@ -86,7 +86,7 @@ export function sumCaseOf(
   const height = rows ? bound : S;
   const next = random(name.length * 37 + K);
   const data: Record<string, Float32Array | Int32Array> = {};
-  const d: Record<string, number> = { B: 1, S: height, K, E: rows?.length ?? 1 };
+  const d: Record<string, number> = { B: 1, S: height, K, E: rows?.length ?? 1, ...(tf32 && { tf32 }) };
   for (const [i, depth] of depths.entries()) {
     d[["N", "F", "D"][i]!] = depth;
     const dy = new Float32Array(height * depth).map(next);

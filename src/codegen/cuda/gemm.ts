@@ -5,7 +5,9 @@ import { cudaKernel, type GeneratedKernel, type KernelSpec } from "../kernelSpec
 import { epilogueOps, type MatrixProduct, productOf, productOps, sumOps, twinOps } from "../matmul.ts";
 import { applyAfter } from "./epilogue.ts";
 import { fitsHopper, hopper, joinsTwin } from "./gemmHopper.ts";
-import { mma, simt } from "./gemmTiles.ts";
+import { fitsTf32, tf32 } from "./gemmTf32.ts";
+import { mma } from "./gemmTiles.ts";
+import { inTurn } from "./gemmTurned.ts";
 import { halfOf } from "./matmul.ts";
 
 function multiply(spec: KernelSpec, arch: Arch): GeneratedKernel {
@@ -19,11 +21,12 @@ function multiply(spec: KernelSpec, arch: Arch): GeneratedKernel {
   // a tensor map cannot have the product in scratch
   return epilogue ? applyAfter(spec, { ...product, epilogue }, arch, tiled) : tiled(spec, product);
 }
-/** Returns the maker of kernels with one thread block per tile. */
+/** Returns the maker of kernels that store the product alone, also in scratch. */
 function inTiles(arch: Arch): (spec: KernelSpec, p: MatrixProduct) => GeneratedKernel {
   return (spec, p) => {
     const half = halfOf(p);
-    return half ? mma(spec, p, half) : simt(spec, p, { arch });
+    if (half) return mma(spec, p, half);
+    return arch === "sm_90a" && fitsTf32(p) ? tf32(spec, p) : inTurn(spec, p, arch);
   };
 }
 /** Returns the maker of Hopper's kernel of a product; undefined if this architecture or this product has none. */

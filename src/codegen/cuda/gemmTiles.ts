@@ -13,7 +13,7 @@ import { source } from "./text.ts";
 /** Edges of square tiles of c. */
 type Edge = 128 | 64 | 32;
 /** The number of tiles that gives about every multiprocessor one. */
-const ENOUGH = 100;
+export const ENOUGH = 100;
 /** Of depth, that f32 arithmetic multiplies between two barriers. */
 const STEP = 16;
 /** Seconds of a short launch. */
@@ -25,8 +25,13 @@ const flag = (yes: boolean): string => (yes ? "true" : "false");
 const edgeOf = <E extends Edge>(p: MatrixProduct, edges: readonly E[]): E =>
   edges.find((e) => mostTiles(p, e, e) >= ENOUGH) ?? edges.at(-1)!;
 
-function tilesText(p: MatrixProduct, edge: Edge, tileK: number, part?: number): string {
-  const { addends, depth } = addendsOf(p, tileK);
+/** Returns the constants of a product in tiles of a size, with `depth` the step of depth, and the functions that find tiles and store them. */
+export function tilesText(
+  p: MatrixProduct,
+  tile: { readonly rows: number; readonly columns: number; readonly depth: number },
+  part?: number,
+): string {
+  const { addends, depth } = addendsOf(p, tile.depth);
   return render("cuda/gemm_tiles.cuh", {
     ...{
       m: p.m,
@@ -40,9 +45,11 @@ function tilesText(p: MatrixProduct, edge: Edge, tileK: number, part?: number): 
     },
     ...{ raggedRows: flag(p.ragged === "rows"), raggedDepth: flag(p.ragged === "depth") },
     ...{ depthFirstA: flag(p.a.depthFirst), depthFirstB: flag(p.b.depthFirst) },
-    ...{ tileM: edge, tileN: edge, tileK, raster: 8 },
+    ...{ tileM: tile.rows, tileN: tile.columns, tileK: tile.depth, raster: 8 },
   });
 }
+
+const square = (edge: Edge, depth: number) => ({ rows: edge, columns: edge, depth });
 
 function launched(
   spec: KernelSpec,
@@ -71,7 +78,7 @@ export function mma(spec: KernelSpec, p: MatrixProduct, half: Float16, edge: 128
     ...{
       alignedA: aligned("a"),
       alignedB: aligned("b"),
-      tiles: tilesText(p, edge, tileK),
+      tiles: tilesText(p, square(edge, tileK)),
       more: moreOperands(addendsOf(p, tileK).addends),
     },
   });
@@ -134,7 +141,7 @@ function fetched(spec: KernelSpec, p: MatrixProduct, { edge, part }: BlockOption
       a: cudaType(p.a.dtype),
       b: cudaType(p.b.dtype),
     },
-    ...{ vectorA: vector("a"), vectorB: vector("b"), tiles: tilesText(p, edge, STEP, part), tf32: p.tf32 === true },
+    ...{ vectorA: vector("a"), vectorB: vector("b"), tiles: tilesText(p, square(edge, STEP), part), tf32: p.tf32 === true },
     more: moreOperands(addendsOf(p, STEP).addends),
   });
   return { body, threads: (edge / each) ** 2, shared: 0 };
@@ -156,7 +163,7 @@ function pipelined(spec: KernelSpec, p: MatrixProduct, { edge, part, arch }: Blo
   const stages = Math.min(step === 8 ? 4 : 3, Math.floor(((cudaArchs[arch].sharedPerMultiprocessor / 2 - 1) * 1024) / stageBytes));
   const body = render("cuda/gemm_f32_pipelined.cu", {
     ...{ name: spec.name, ragged: p.ragged !== undefined, offsets: p.offsets, stages, pitch, tf32 },
-    ...{ unitA: unit("a"), unitB: unit("b"), tiles: tilesText(p, edge, step, part) },
+    ...{ unitA: unit("a"), unitB: unit("b"), tiles: tilesText(p, square(edge, step), part) },
     more: moreOperands(addendsOf(p, step).addends),
   });
   return { body, threads: 128, shared: stages * stageBytes };
