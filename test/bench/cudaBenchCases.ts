@@ -204,6 +204,9 @@ const drafts: readonly CaseDraft[] = [
   // gate of llama-125m
   ...inF32(16384, 2048, 768),
   ...inF32(4096, 4096, 4096, "tf32"),
+  // the product after the activation of Llama-8B, gate of Qwen3-30B
+  ...inF32(8192, 4096, 14336, "tf32"),
+  ...inF32(16384, 768, 2048, "tf32"),
   ...attentionShapes.flatMap((shape) => attentions(shape)),
   ...attentions([2, 32, 8, 4096, 128, 128], 0.1),
   ...attentions([16, 12, 12, 1024, 64, 64], 0.1),

@@ -35,7 +35,7 @@ const kinds: Readonly<Record<string, Kind>> = {
     together: [
       ...contract,
       { files: ["cuda-tensor-lists"], only: "on a device" },
-      { files: ["cuda-attention"], only: "on this machine's GPU" },
+      { files: ["cuda-attention", "cuda-gemm-tf32"], only: "on this machine's GPU" },
       { files: ["cuda-device"], only: `on this machine's GPU(?!.*${memory})` },
       { files: ["cuda-reference"], only: "on a device" },
     ],
