@@ -106,6 +106,8 @@ class WatchedMeeting implements Meeting {
   readonly #texts = new Map([["", 0]]);
   #over: Error | undefined;
   #left = false;
+  /** Whether this rank has asked to stop. */
+  #isStopping = false;
 
   constructor(who: Membership, cell: Int32Array<SharedArrayBuffer>, port: MessagePort, onAbort: JoinSettings["onAbort"]) {
     this.#who = who;
@@ -159,6 +161,8 @@ class WatchedMeeting implements Meeting {
 
   begin(step: number): boolean {
     const cell = this.#cell;
+    // a rank that has asked to stop begins no further step before the ranks agree: its last step is then the last of all, if none is ahead of it
+    if (this.#isStopping) Atomics.wait(cell, cells.last, unknown);
     Atomics.store(cell, cells.step, step);
     Atomics.store(cell, cells.text, 0);
     Atomics.add(cell, cells.reports, 1);
@@ -180,6 +184,7 @@ class WatchedMeeting implements Meeting {
   }
 
   stop(): void {
+    this.#isStopping = true;
     this.#command({ kind: "stop" });
   }
 
