@@ -170,6 +170,16 @@ test("an instruction that reads what a list writes comes behind it; a buffer in 
       { c: { within: "b" } },
     ),
   ).toEqual([["ab"], ["cd"]]);
+  // a part of a buffer may begin at no multiple of a vector
+  expect(
+    join(
+      [
+        ["a", "b"],
+        ["c", "d"],
+      ],
+      { c: { part: { of: "x", at: 1 } } },
+    ),
+  ).toEqual([["ab"], ["cd"]]);
 });
 
 test("a list has as many tensors as the parameters of a kernel hold: longer runs are lists of about equal length", () => {

@@ -61,7 +61,8 @@ function isJoinable(i: Compute, buffers: Buffers): boolean {
   if (i.blocks || i.ringOffset || i.rows !== undefined || op.runtimeAttrs) return false;
   // a scalar that all tensors share is only added to
   if (op.outputs.some((o) => !o.any && !i.accumulates?.includes(o.name))) return false;
-  return [...Object.values(i.reads), ...Object.values(i.writes)].every((id) => buffers.get(id)?.ragged === 0);
+  // kernels load vectors from the begin of a tensor, and a part may begin within one
+  return [...Object.values(i.reads), ...Object.values(i.writes)].map((id) => buffers.get(id)).every((b) => b?.ragged === 0 && !b.part);
 }
 
 /** The last groups that read a buffer, write it, and add to it. */
