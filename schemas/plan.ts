@@ -126,7 +126,7 @@ export const Compute = z.strictObject({
     .min(2)
     .optional()
     .describe(
-      "the op runs for so many tensors: operands that its signature writes `...` are lists, of the first tensor by their names, of the second name.1 and so on; all others are shared",
+      "the number of tensors that the op runs for. Operands that its signature writes `...` have a buffer for each: `name` of the first tensor, `name.1` of the second and so on; the tensors share all other operands",
     ),
   ringOffset: z
     .record(z.string(), count)
