@@ -126,7 +126,8 @@ async function models(): Promise<string[]> {
 }
 
 /** The shapes of the table of attention. */
-const ATTENTION = "^attention(_grad)? (2x32/4x4096x128|2x32/8x4096x128|1x32/8x32768x128|1x128x4096x192|16x12x1024x64|2x16/8x4096x256)";
+const ATTENTION =
+  "^attention(_dropout)?(_grad)? (2x32/4x4096x128|2x32/8x4096x128|1x32/8x32768x128|1x128x4096x192|16x12x1024x64|2x16/8x4096x256)";
 
 async function attention(): Promise<string[]> {
   const bench = ["--import", "tsx/esm", "test/bench/cudaBench.ts", "--only", ATTENTION, "--out", join(root, ".rankc/bench")] as const;
