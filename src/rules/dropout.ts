@@ -24,6 +24,22 @@ export const dropout = [
     bad: "model: {dropout: {hidden: 1}}",
   }),
   rule({
+    code: "M351",
+    title: "a dropout of attention is so small that it drops nothing",
+    why: "An attention weight has 15 random bits, so its probability is rounded to a multiple of 1/32768: below 1/65536 to 0. The kernels draw the bits all the same.",
+    level: "warning",
+    *check({ model: { dropout } }) {
+      if (dropout.attention <= 0 || dropout.attention >= 2 ** -16) return;
+      yield {
+        at: "model.dropout.attention",
+        found: `probability ${dropout.attention}`,
+        fix: "0 disables dropout, and the kernels are faster; 0.1 is usual",
+        tries: [{ "model.dropout.attention": 0 }],
+      };
+    },
+    bad: "model: {dropout: {attention: 1.0e-5}}",
+  }),
+  rule({
     code: "E441",
     title: "jitter is not between 0 and 1",
     why: "The input of the router is multiplied by numbers from 1 - jitter to 1 + jitter. With a jitter of 1 or more some of them change its sign.",
