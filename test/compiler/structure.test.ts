@@ -335,3 +335,14 @@ test("folders are created by makeFolder: in Node 20 a recursive mkdir below /pro
   const makers = project.getSourceFiles().filter((file) => /\bmkdir(Sync)?\([^;]*recursive/.test(file.getFullText()));
   expect(makers.map((file) => file.getFilePath())).toEqual([]);
 });
+
+test("no text has the marks of a merge conflict", () => {
+  const folders = ["docs", "plans", "runtime", "schemas", "src", "templates", "test"];
+  const isText = (path: string): boolean => /\.(ts|tsx|hbs|md|ya?ml|json|txt|py|sh|css)$/.test(path) && !path.startsWith("test/fixtures/");
+  const listed = folders.flatMap((folder) =>
+    readdirSync(join(root, folder), { recursive: true, encoding: "utf8" }).map((path) => join(folder, path)),
+  );
+  const texts = [...listed.filter(isText), "CHANGELOG.md", "README.md", "CONTRIBUTING.md", "package.json"];
+  expect(texts.length).toBeGreaterThan(800);
+  expect(texts.filter((path) => /^(<{7}|>{7}) /m.test(readFileSync(join(root, path), "utf8")))).toEqual([]);
+});
