@@ -192,7 +192,8 @@ test("a change of random keys gives exactly the changed values, or no text", () 
   ];
   const value = fc.oneof(
     fc.integer(),
-    fc.double({ noNaN: true, noDefaultInfinity: true }),
+    // JSON, in which the values are given, has no negative zero
+    fc.double({ noNaN: true, noDefaultInfinity: true }).map((x) => x + 0),
     fc.boolean(),
     fc.string(),
     fc.constant(null),

@@ -46,6 +46,14 @@ const pidsIn = (lines: readonly string[]): number[] => lines.flatMap((line) => /
 const ready = `require("fs").writeFileSync(process.env.READY, "");`;
 const whenReady = (code: string) =>
   `const timer = setInterval(() => { if (require("fs").existsSync(process.env.READY)) { clearInterval(timer); ${code} } }, 20);`;
+/** JavaScript: waits until the rank that has written its process number has ended and the launcher has taken notice, however long it takes to start. */
+const whenGone = (code: string) =>
+  `const timer = setInterval(() => {
+     let pid = 0;
+     try { pid = Number(require("fs").readFileSync(process.env.READY, "utf8")); } catch {}
+     if (pid === 0) return;
+     try { process.kill(pid, 0); } catch { clearInterval(timer); ${code} }
+   }, 20);`;
 const forever = "console.error('pid', process.pid); setInterval(() => {}, 1000);";
 
 describe("ranks", () => {
@@ -108,7 +116,9 @@ describe("ranks", () => {
   test("have time to print their reason before they are killed", async () => {
     const run = await ranks(
       2,
-      `if (rank === 1) process.exit(5); process.on("SIGTERM", () => process.exit(1)); setTimeout(() => { console.error("rank 1 is gone"); process.exit(4); }, 300);`,
+      `if (rank === 1) { require("fs").writeFileSync(process.env.READY, String(process.pid)); process.exit(5); }
+       process.on("SIGTERM", () => process.exit(1));
+       ${whenGone('setTimeout(() => { console.error("rank 1 is gone"); process.exit(4); }, 50);')}`,
       { settle: 600_000 },
     );
     expect(run).toMatchObject({ code: 5, err: ["[0] rank 1 is gone"] });
