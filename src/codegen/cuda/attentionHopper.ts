@@ -12,6 +12,7 @@ import { shareOf } from "./attentionOrder.ts";
 import { causalMaskText, randomText, scales, startTexts } from "./attentionText.ts";
 import { dividedGrid } from "./dividedGrid.ts";
 import { source } from "./text.ts";
+import { leftInRegisters, sumOperands } from "./wgmmaText.ts";
 
 /** The grid is sized for this number; a device with fewer multiprocessors runs the remaining thread blocks later. */
 const MULTIPROCESSORS = cudaArchs.sm_90a.multiprocessors;
@@ -77,7 +78,7 @@ interface ForwardTiling {
   readonly shared: number;
 }
 
-/** The longest sequences whose heads of 64 are faster with four warpgroups and blocks of 64 keys: fewer scores beyond the causal mask (measured). */
+/** The longest sequences whose heads of 64 are faster with four warpgroups and blocks of 64 keys: fewer scores beyond the causal mask (test/results/cuda-attention-2026-12-01.md). */
 const SHORT = 1024;
 
 /** Returns the tiling of the forward kernel, or nothing if its tiles do not fit in shared memory. */
@@ -216,23 +217,11 @@ function boxesOf(tensor: "q" | "dy" | "k" | "v", { B, S, U, G, M, C, W }: Attent
 /** Returns a product with 64 rows and n columns of two operands in shared memory; `transposed`: the summed dim is the strided dim of both. */
 const product = (n: number, transposed: 0 | 1, half: Float16): string =>
   render("cuda/wgmma.cuh", {
-    ...{ name: "product", size: n / 2, n, ...sums(n), ...float16Types[half], transposedA: transposed, transposedB: transposed },
+    ...{ name: "product", size: n / 2, n, ...sumOperands(n), ...float16Types[half], transposedA: transposed, transposedB: transposed },
     ...{ aAt: n / 2, bAt: n / 2 + 1, addAt: n / 2 + 2 },
   });
 /** Returns the same with the left operand in registers, and n as the contiguous dim of the right operand. */
 const weigh = (n: number, half: Float16): string =>
   render("cuda/wgmma_weigh.cuh", {
-    ...{ n, ...sums(n), ...float16Types[half], bAt: n / 2 + 4, addAt: n / 2 + 5 },
-    left: `{${[0, 1, 2, 3].map((i) => `%${n / 2 + i}`).join(", ")}}`,
+    ...{ n, ...sumOperands(n), ...float16Types[half], left: leftInRegisters(n), bAt: n / 2 + 4, addAt: n / 2 + 5 },
   });
-
-/** Returns the operand list of an instruction for a warpgroup's sums of 64 rows and n columns. */
-function sums(n: number) {
-  const count = n / 2;
-  const lines = (form: (i: number) => string) =>
-    Array.from({ length: count / 8 }, (_, l) => {
-      const line = Array.from({ length: 8 }, (_, i) => form(8 * l + i)).join(", ");
-      return 8 * l + 8 === count ? line : `${line},`;
-    });
-  return { count, names: lines((i) => `%${i}`), places: lines((i) => `"+f"(sums[${i}])`) };
-}

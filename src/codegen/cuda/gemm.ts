@@ -7,7 +7,7 @@ import { applyAfter } from "./epilogue.ts";
 import { fitsHopper, hopper, joinsTwin } from "./gemmHopper.ts";
 import { fitsTf32, tf32 } from "./gemmTf32.ts";
 import { mma } from "./gemmTiles.ts";
-import { inTurn } from "./gemmTurned.ts";
+import { transposedFirst } from "./gemmTransposed.ts";
 import { halfOf } from "./matmul.ts";
 
 function multiply(spec: KernelSpec, arch: Arch): GeneratedKernel {
@@ -26,7 +26,7 @@ function inTiles(arch: Arch): (spec: KernelSpec, p: MatrixProduct) => GeneratedK
   return (spec, p) => {
     const half = halfOf(p);
     if (half) return mma(spec, p, half);
-    return arch === "sm_90a" && fitsTf32(p) ? tf32(spec, p) : inTurn(spec, p, arch);
+    return arch === "sm_90a" && fitsTf32(p) ? tf32(spec, p) : transposedFirst(spec, p, arch);
   };
 }
 /** Returns the maker of Hopper's kernel of a product; undefined if this architecture or this product has none. */

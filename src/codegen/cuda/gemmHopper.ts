@@ -16,6 +16,7 @@ import { type EpilogueText, elementsOf, epilogueText, sumsOfRows } from "./epilo
 import { addendsOf, moreOperands, mostTiles, sidesOf } from "./matmul.ts";
 import { clearBytes, sumParts } from "./reduce.ts";
 import { source } from "./text.ts";
+import { sumOperands } from "./wgmmaText.ts";
 
 /** The grid is sized for this number; a device with fewer multiprocessors runs the remaining thread blocks later. */
 const MULTIPROCESSORS = cudaArchs.sm_90a.multiprocessors;
@@ -139,18 +140,10 @@ export function hopper(spec: KernelSpec, p: MatrixProduct, half: Float16, tiling
 
 /** Returns the text of the product of 64 rows and `n` columns, with the sums of `columns`. */
 function productText(p: MatrixProduct, half: Float16, name: string, n: number, columns: number): string {
-  const count = n / 2;
-  const register = (form: (i: number) => string, per: number) =>
-    Array.from({ length: count / per }, (_, l) => {
-      const line = Array.from({ length: per }, (_, i) => form(l * per + i)).join(", ");
-      return l === count / per - 1 ? line : `${line},`;
-    });
   const transposed = { transposedA: p.a.depthFirst ? 0 : 1, transposedB: p.b.depthFirst ? 0 : 1 };
   return render("cuda/wgmma.cuh", {
-    ...{ name, n, count, size: columns / 2, ...transposed, ...float16Types[half] },
-    ...{ aAt: count, bAt: count + 1, addAt: count + 2 },
-    names: register((i) => `%${i}`, 16),
-    places: register((i) => `"+f"(sums[${i}])`, 8),
+    ...{ name, n, size: columns / 2, ...sumOperands(n, 16), ...transposed, ...float16Types[half] },
+    ...{ aAt: n / 2, bAt: n / 2 + 1, addAt: n / 2 + 2 },
   });
 }
 

@@ -14,6 +14,7 @@ import { tilesText } from "./gemmTiles.ts";
 import { addendsOf, moreOperands, mostTiles, sidesOf } from "./matmul.ts";
 import { clearBytes, sumParts } from "./reduce.ts";
 import { source } from "./text.ts";
+import { leftInRegisters, sumOperands } from "./wgmmaText.ts";
 
 const MULTIPROCESSORS = cudaArchs.sm_90a.multiprocessors;
 const SHARED = cudaArchs.sm_90a.sharedPerBlock * 1024;
@@ -81,7 +82,6 @@ export function tf32(spec: KernelSpec, p: MatrixProduct, tiling: Tf32Tiling = tf
       stages,
       blocks,
       prepared,
-
       more: moreOperands(addends),
       ...registersOf(p, tiling, divided),
     },
@@ -114,7 +114,7 @@ export function tf32(spec: KernelSpec, p: MatrixProduct, tiling: Tf32Tiling = tf
   };
 }
 
-/** Bytes of the counters of divided tiles. */
+/** Bytes of the counters of divided tiles: an i32 each, and fewer tiles than multiprocessors are divided. */
 const COUNTER_BYTES = 1024;
 /** Bytes of scratch for divided tiles: counters, and the sums of all pieces. */
 const piecesOf = ({ rows, columns }: Tile, blocks: number, divided: number): number =>
@@ -142,18 +142,8 @@ function roundsOf(spec: KernelSpec, p: MatrixProduct, at: number, clears: boolea
 }
 
 /** Returns the text of the product of a warpgroup with n columns. */
-function productText(n: number): string {
-  const count = n / 2;
-  const lines = (form: (i: number) => string) =>
-    Array.from({ length: count / 8 }, (_, l) => {
-      const line = Array.from({ length: 8 }, (_, i) => form(8 * l + i)).join(", ");
-      return 8 * l + 8 === count ? line : `${line},`;
-    });
-  return render("cuda/wgmma_tf32.cuh", {
-    ...{ n, count, names: lines((i) => `%${i}`), places: lines((i) => `"+f"(sums[${i}])`), bAt: count + 4, addAt: count + 5 },
-    left: `{${[0, 1, 2, 3].map((i) => `%${count + i}`).join(", ")}}`,
-  });
-}
+const productText = (n: number): string =>
+  render("cuda/wgmma_tf32.cuh", { n, ...sumOperands(n), left: leftInRegisters(n), bAt: n / 2 + 4, addAt: n / 2 + 5 });
 
 /**
  * Returns the arguments for the operands: tensor maps, whose boxes have all rows of a tile where depth is contiguous, else 32 rows or columns and 32 steps

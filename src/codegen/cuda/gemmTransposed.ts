@@ -21,7 +21,7 @@ const [FLOPS, BYTES, LAUNCH, MOST] = [48e12, 3.5e12, 3e-6, 2 ** 28];
 const layersOf = (p: MatrixProduct, operand: "a" | "b"): number => (operand === "b" && p.ragged === "rows" ? p.experts : 1);
 
 /** Returns whether the transposition of an operand, of all addends, takes less time than it saves. */
-function isTurned(p: MatrixProduct, operand: "a" | "b"): boolean {
+function isTransposed(p: MatrixProduct, operand: "a" | "b"): boolean {
   const all = p.addends ?? [p];
   const sizes = all.map((of) => of[operand]).every(({ dtype, depthFirst }) => dtype === "f32" && depthFirst);
   // ragged rows begin at any row
@@ -32,21 +32,21 @@ function isTurned(p: MatrixProduct, operand: "a" | "b"): boolean {
   return fits && (SAVED[operand] * 2 * p.m * p.n * p.depth) / FLOPS > (2 * bytes) / BYTES + all.length * LAUNCH;
 }
 
-/** Returns the kernel of a product, with the operands transposed before it that are worth it. */
-export function inTurn(
+/** Returns the kernel of a product after launches that transpose `operands` in scratch; by default those whose transposition saves time. */
+export function transposedFirst(
   spec: KernelSpec,
   p: MatrixProduct,
   arch: Arch,
-  operands: readonly ("a" | "b")[] = (["a", "b"] as const).filter((operand) => isTurned(p, operand)),
+  operands: readonly ("a" | "b")[] = (["a", "b"] as const).filter((operand) => isTransposed(p, operand)),
 ): GeneratedKernel {
   if (operands.length === 0) return simt(spec, p, { arch });
-  const turn = <P extends MatrixProduct>(of: P): P => {
+  const transposed = <P extends MatrixProduct>(of: P): P => {
     const other = (operand: "a" | "b"): Matrix => ({ ...of[operand], depthFirst: !operands.includes(operand) && of[operand].depthFirst });
     return { ...of, a: other("a"), b: other("b") };
   };
-  const product = simt(spec, { ...turn(p), ...(p.addends && { addends: p.addends.map(turn) }) }, { arch, edge: 128 });
+  const product = simt(spec, { ...transposed(p), ...(p.addends && { addends: p.addends.map(transposed) }) }, { arch, edge: 128 });
   let end = product.scratch ?? 0;
-  const turns = (p.addends ?? [p]).flatMap((of) =>
+  const transpositions = (p.addends ?? [p]).flatMap((of) =>
     operands.map((operand) => {
       const at = Math.ceil(end / 256) * 256;
       const [columns, rows] = sidesOf(of, operand);
@@ -59,14 +59,14 @@ export function inTurn(
       return { name, at, launch, body: render("cuda/turn.cu", { name: entry, rows, columns, layers }) };
     }),
   );
-  const placed = new Map(turns.map(({ name, at }) => [name, scratch(at)]));
-  const moved = (launch: GeneratedLaunch): GeneratedLaunch => ({
+  const placed = new Map(transpositions.map(({ name, at }) => [name, scratch(at)]));
+  const withScratch = (launch: GeneratedLaunch): GeneratedLaunch => ({
     ...launch,
     args: launch.args.map((arg) => (typeof arg === "string" ? (placed.get(arg) ?? arg) : arg)),
   });
   return {
-    source: `${source(spec, turns.map(({ body }) => body).join("\n"))}\n${product.source}`,
+    source: `${source(spec, transpositions.map(({ body }) => body).join("\n"))}\n${product.source}`,
     scratch: end,
-    launches: [...turns.map(({ launch }) => launch), ...product.launches.map(moved)],
+    launches: [...transpositions.map(({ launch }) => launch), ...product.launches.map(withScratch)],
   };
 }
