@@ -179,7 +179,7 @@ export interface LocalRanks {
    * its end and its numbers. At most two steps are under way. Absent: no.
    */
   canBeginAhead?(microbatches: number, kind: StepKind): boolean;
-  /** Returns the bytes in use on the device of the first rank, by all programs. Absent: the device does not say it. */
+  /** Returns the bytes in use on the device of the first rank, by all programs. Absent: the device does not report it. */
   memoryInUse?(): number;
   /** Returns the instruction times of the last step, if opened with `profile`. */
   profile?(): Promise<readonly Timing[]> | readonly Timing[];

@@ -58,7 +58,7 @@ export class Waits {
     }
   }
 
-  /** Ends all waits: the events will be no more. Steps that failed may leave reads that nothing awaits. */
+  /** Ends all waits: the events are destroyed afterwards, and a failed step may leave reads that nothing awaits. */
   close(): void {
     this.#isClosed = true;
   }

@@ -109,7 +109,7 @@ async function readStage(
   return own;
 }
 
-/** What `combined` needs. */
+/** The sizes, and the sum over processes, for `combined`. */
 interface Combining extends MetricSizes {
   readonly detailed: boolean;
   readonly combine: NonNullable<LocalRanks["combine"]>;

@@ -13,11 +13,11 @@ import type { Parameters } from "./parameters.ts";
 import { runTogether, walkStep } from "./rankStep.ts";
 import type { StepParameters } from "./stepParameters.ts";
 
-/** What a step trains on. */
+/** The parameters and the batch of a step. */
 export interface StepOrder {
   readonly parameters: StepParameters;
   readonly batch: Batch;
-  /** Whether tables are read that only a log needs, and instructions of logged steps run. */
+  /** Whether to read the tables that only a log needs, and to run the instructions of logged steps. */
   readonly detailed: boolean;
 }
 
@@ -31,7 +31,7 @@ export interface IssuedStep extends StepOrder {
   repeat(inspector: Inspector): Promise<void>;
 }
 
-/** What steps are issued with. */
+/** The parts of a run that the issuer uses. */
 export interface IssuerParts {
   readonly plan: Plan;
   readonly localRanks: LocalRanks;

@@ -7,13 +7,13 @@ import { reported, type StepNumbers } from "./metrics.ts";
 import { type Nonfinite, nonfiniteText } from "./nonfinite.ts";
 import type { StepOrder } from "./stepIssuer.ts";
 
-/** What a step had when it ended. */
+/** The numbers and measurements of a step that has ended. */
 export interface EndedStep {
-  /** Its number, from 1. */
+  /** The number of the step, from 1. */
   readonly step: number;
   readonly numbers: StepNumbers;
   readonly seconds: number;
-  /** At most how long the device waited for the batch, in ms. */
+  /** Upper bound of the time that the device waited for the batch, in ms. */
   readonly waitedMs: number;
   /** Bytes in use on the device. */
   readonly memory: number | undefined;

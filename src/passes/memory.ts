@@ -162,7 +162,7 @@ export function scratchBound(program: Program): number {
   for (const { instructions } of blocksOf(program))
     for (const i of instructions) {
       if (i.kind !== "compute") continue;
-      // a list of tensors has partial sums of some thousand blocks, whatever its tensors
+      // a list of tensors has partial sums of some thousand blocks, whatever the sizes of its tensors
       for (const { reads, writes } of membersOf(i)) {
         const ids = [...Object.values(reads), ...Object.values(writes)];
         most = Math.max(

@@ -77,7 +77,7 @@ const SHORT = 32;
 const FREQUENT = 64;
 /** The thread blocks that write longer lists. */
 const WRITERS = 264;
-/** The warps of a multiprocessor whose registers the compiler plans for. */
+/** Resident warps per multiprocessor of the launch bounds: they leave a thread 80 of the 65,536 registers. */
 const RESIDENT_WARPS = 24;
 /** Ids whose rows a warp sums. */
 const IDS = 4;

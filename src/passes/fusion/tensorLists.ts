@@ -22,7 +22,7 @@ type Buffers = ReadonlyMap<string, Buffer>;
 const PARAMETER_BYTES = 4096 - 128;
 const ADDRESS_BYTES = 8;
 
-/** Returns the instructions of a step block with joined ones. */
+/** Returns a step block in which one instruction on a list of tensors replaces several instructions. */
 export function joinTensors(step: readonly Instruction[], program: Pick<Program, "buffers">): Instruction[] {
   const buffers = new Map(program.buffers.map((b) => [b.id, b]));
   const numbers = new Map<string, number>();
@@ -50,6 +50,7 @@ export function joinTensors(step: readonly Instruction[], program: Pick<Program,
   return out;
 }
 
+/** Returns the operands of an op that are lists: those of any shape. */
 const listed = ({ inputs, outputs }: Pick<AnyOp, "inputs" | "outputs">): string[] =>
   [...inputs, ...outputs].filter((o) => o.any).map((o) => o.name);
 
