@@ -25,7 +25,7 @@
 #define RANKC_EMULATED
 #define __global__
 #define __device__
-#define __constant__ static
+#define __constant__
 #define __host__
 #define __shared__ static
 #define __forceinline__ inline

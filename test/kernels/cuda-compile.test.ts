@@ -14,6 +14,7 @@ import { findLibrary } from "../../runtime/cuda/libraries.ts";
 import { compileBeside } from "../../runtime/cuda/nvrtc.ts";
 import { type Arch, archs } from "../../schemas/devices.ts";
 import { type OpName, opNames } from "../../schemas/opNames.ts";
+import { makeCubins } from "../../src/codegen/cubins.ts";
 import { cudaKernels } from "../../src/codegen/cuda/index.ts";
 import { loadTarget } from "../../src/codegen/targets.ts";
 import { compile } from "../../src/compile.ts";
@@ -118,6 +119,21 @@ describe.skipIf(!version)(`nvcc ${version ?? "(skipped: nvcc is missing)"}`, () 
     for (const { options, rows } of byTier(plans, (name) => name === "tiny-dense" && (arch === "sm_90a" || arch === "sm_86")))
       test.each(rows)("compiles the sources of plans/%s", options, async (name) => expectClean(await planSources(name, arch), arch));
   });
+});
+
+test.skipIf(!version)("a cubin does not depend on the folder of its source: kernels with tables", async () => {
+  const { job } = readJob(readFileSync(join(root, "plans/tiny-dense/job.yaml"), "utf8"), "job.yaml");
+  if (!job) throw new Error("plans/tiny-dense is invalid");
+  const { plan, sources } = compile(job, { target: await loadTarget("cuda:sm_90a") });
+  const units = ["rope", "adamw_cast", "sum_squares"].flatMap((op) => {
+    const kernel = plan.kernels.find((k) => k.op === op);
+    const text = kernel?.source && sources.get(kernel.source.file);
+    return kernel && text ? [{ kernel: kernel.id, cubin: `${kernel.id}.cubin`, text }] : [];
+  });
+  expect(units.length).toBeGreaterThan(1);
+  const made = () => makeCubins(units, { arch: "sm_90a", options: compileOptions, onProgress: () => undefined, known: () => undefined });
+  const [first, second] = [await made(), await made()];
+  for (const { cubin } of units) expect(Buffer.from(first.get(cubin) ?? []).equals(Buffer.from(second.get(cubin) ?? [])), cubin).toBe(true);
 });
 
 const nvrtc = findLibrary("nvrtc");
