@@ -152,7 +152,7 @@ class TrainingLoop {
   /** The loss scale of the last step's gradients. */
   #scaled = 1;
   #stopped = false;
-  /** Whether the next step begins; undefined: not asked yet. */
+  /** Whether the next step begins; undefined: not decided yet. */
   #mayBegin: boolean | undefined;
   /** The prefetched batch of the step that is issued next, or the error of reading it, which that step throws. */
   #next: Batch | Error | undefined;
@@ -223,7 +223,7 @@ class TrainingLoop {
     const from = performance.now();
     this.#next = this.#read(after, batchAt(job.train, after));
     const loaded = performance.now();
-    // asked before the host does anything else
+    // measured before the host does anything else
     const hasEnded = next !== undefined && (await endsByNow(step.ended));
     this.#inputs.whileComputing?.(this.#seconds);
     if (next) await this.#issueAhead(next, step, begun + 1000 * this.#seconds - EARLY);

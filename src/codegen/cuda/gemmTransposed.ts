@@ -23,9 +23,10 @@ const layersOf = (p: MatrixProduct, operand: "a" | "b"): number => (operand === 
 /** Returns whether the transposition of an operand, of all addends, takes less time than it saves. */
 function isTransposed(p: MatrixProduct, operand: "a" | "b"): boolean {
   const all = p.addends ?? [p];
-  const sizes = all.map((of) => of[operand]).every(({ dtype, depthFirst }) => dtype === "f32" && depthFirst);
+  const hasContiguousDepth = all.map((of) => of[operand]).every(({ dtype, depthFirst }) => dtype === "f32" && depthFirst);
   // ragged rows begin at any row
-  if (!sizes || p.tf32 || mostTiles(p, 128, 128) < ENOUGH || p.a.dtype !== p.b.dtype || (operand === "a" && p.ragged)) return false;
+  if (!hasContiguousDepth || p.tf32 || mostTiles(p, 128, 128) < ENOUGH || p.a.dtype !== p.b.dtype || (operand === "a" && p.ragged))
+    return false;
   const elements = all.map((of) => layersOf(p, operand) * sidesOf(of, operand).reduce((x, y) => x * y, 1));
   const bytes = elements.reduce((sum, n) => sum + n, 0) * bytesOf.f32;
   const fits = bytes <= MOST && all.every((of) => sidesOf(of, operand).every((n) => n % 4 === 0));

@@ -11,7 +11,7 @@ import { type GeneratedKernel, type KernelSpec, listOf } from "../kernelSpec.ts"
 import { scratchStart, tensorList } from "../launchArgs.ts";
 import { type CudaElementwise, unrollOf } from "./elementwise.ts";
 import { addPartials, type Sum } from "./reduce.ts";
-import { f32, source } from "./text.ts";
+import { f32, source, widestVector } from "./text.ts";
 
 const THREADS = 256;
 
@@ -25,9 +25,6 @@ interface ListShape {
   /** Vectors of a block. */
   readonly vectors: number;
 }
-
-/** Returns the vector width in elements: 16 bytes of the narrowest type. */
-const widthOf = (types: readonly Dtype[]): number => 16 / Math.min(...types.map((t) => bytesOf[t]));
 
 /** Returns the declarations that find the tensor of a block, the number of blocks, and whether a tensor ends within a vector. */
 function listText({ sizes, width, unroll, vectors }: ListShape) {
@@ -52,7 +49,7 @@ function listText({ sizes, width, unroll, vectors }: ListShape) {
 export function makeElementwiseList(spec: KernelSpec, arch: Arch, f: CudaElementwise): GeneratedKernel {
   const { streams, outputs, scalars = [], element = [], once = [] } = f;
   invariant(f.width === undefined && !f.indexed?.length && !f.row?.length && !f.functions, `${spec.op} has rows, which a list has not`);
-  const width = widthOf([...streams, ...outputs].map((o) => o.dtype));
+  const width = widestVector([...streams, ...outputs].map((o) => o.dtype));
   const sizes = listOf(spec, outputs[0].name).map(({ size }) => size);
   const total = sizes.reduce((sum, size) => sum + size, 0);
   const unroll = unrollOf(streams, { vectors: total / width, width, multiprocessors: cudaArchs[arch].multiprocessors });
@@ -85,7 +82,7 @@ const BLOCKS_EACH = 32;
 /** Generates the kernel that adds a term of all elements of a list of tensors to a scalar. */
 export function makeSumList(spec: KernelSpec, arch: Arch, { over, to, factor, term, indexed }: Sum): GeneratedKernel {
   invariant(indexed.length === 0, `${spec.op} reads more than one tensor of a list`);
-  const width = widthOf([over.dtype]);
+  const width = widestVector([over.dtype]);
   const sizes = listOf(spec, over.name).map(({ size }) => size);
   const total = sizes.reduce((sum, size) => sum + size, 0);
   const unroll = 4;

@@ -14,9 +14,12 @@ export function source({ name, dtype }: Pick<KernelSpec, "name" | "dtype">, body
   return `${render("cuda/prelude.cuh", { guard: "RANKC_PRELUDE" })}\n${more}namespace ${name}_ns {\n\n${body}\n}  // namespace ${name}_ns\n`;
 }
 
-/** Returns the vector width in elements: 16 bytes of the narrowest type, halved until it divides the row. */
+/** Returns the widest vector in elements: 16 bytes of the narrowest type. */
+export const widestVector = (types: readonly Dtype[]): number => 16 / Math.min(...types.map((t) => bytesOf[t]));
+
+/** Returns the vector width in elements: the widest vector, halved until it divides the row. */
 export function vectorOf(row: number, types: readonly Dtype[]): number {
-  let width = 16 / Math.min(...types.map((t) => bytesOf[t]));
+  let width = widestVector(types);
   while (row % width !== 0) width /= 2;
   return width;
 }
